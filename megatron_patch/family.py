@@ -1,0 +1,208 @@
+"""The record of a model family, and the translation of a Hugging Face ``config.json`` by it.
+
+A family says, as data, how config fields become `TransformerConfig` fields, which fields have no effect on the
+computation, and one reversible rule per weight. `Family.describe` turns a config into an `Architecture`; a field that the
+family neither honours nor lists as inert is refused by name, so nothing that changes behaviour is ever ignored.
+
+It knows weights.py and the names of megatron-core's config fields: no GPTModel, no arguments, no disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from megatron_patch.weights import Rule
+
+# Fields of any Hugging Face config that do not change what the model computes.
+_INERT = frozenset(
+    """model_type architectures torch_dtype dtype transformers_version _name_or_path use_cache bos_token_id eos_token_id
+    pad_token_id sep_token_id unk_token_id id2label label2id num_labels problem_type task_specific_params
+    tokenizer_class return_dict output_attentions output_hidden_states chunk_size_feed_forward is_encoder_decoder
+    is_decoder auto_map gradient_checkpointing _attn_implementation attn_implementation _attn_implementation_autoset
+    prefix finetuning_task transformers.js_config name_or_path""".split()
+)
+
+
+class HFConfig:
+    """A ``config.json`` that remembers which fields were read."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+        self._read: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field's value, or `default` where it is missing or null."""
+        self._read.add(name)
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def __getitem__(self, name: str) -> Any:
+        if (value := self.get(name)) is None:
+            raise ValueError(f"config.json: the field {name!r} is missing")
+        return value
+
+    def unread(self) -> dict[str, Any]:
+        """Fields that carry a value and were not asked for."""
+        return {name: value for name, value in self._values.items() if name not in self._read and value is not None}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: which frequencies, as `rope_parameters` of a Hugging Face config names them."""
+
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """What the type needs besides theta: factor, low_freq_factor, beta_fast, ..."""
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Puts one of our layers in the place of one of megatron-core's in the layer spec."""
+
+    at: str
+    """Where, as a path of submodules: ``self_attention.linear_proj``."""
+
+    layer: str
+    """Which, as ``module.Class`` below megatron_patch.layers."""
+
+    when: Callable[[HFConfig], bool] = lambda hf: True
+    """Whether this config asks for it."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one lineage of models needs, as data."""
+
+    name: str
+    hf_types: tuple[str, ...]
+    """Values of ``model_type`` in config.json that belong to this family."""
+
+    config: Mapping[str, str | Callable[[HFConfig], Any]]
+    """TransformerConfig field <- config field, or a function of the config."""
+
+    weights: tuple[Rule, ...]
+    """One rule a weight; see weights.py."""
+
+    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """TransformerConfig fields that are the same for every member."""
+
+    activation: Callable[[HFConfig], str] = lambda hf: hf.get("hidden_act", "silu")
+    """The Hugging Face name of the MLP's activation function."""
+
+    rope: Callable[[HFConfig], Rope | None] = lambda hf: None
+    """Its rotary embedding, if any."""
+
+    tied: Callable[[HFConfig], bool] = lambda hf: hf.get("tie_word_embeddings", False)
+    """Whether the output layer shares the embedding's weight."""
+
+    swaps: tuple[Swap, ...] = ()
+    """Layers of ours in place of megatron-core's."""
+
+    inert: Mapping[str, Callable[[Any], bool]] = field(default_factory=lambda: MappingProxyType({}))
+    """Config fields that have no effect as long as their value passes the test."""
+
+    ignored_weights: tuple[str, ...] = ()
+    """Regular expressions of checkpoint tensors that are no parameters (such as rotary buffers)."""
+
+    tied_weights: tuple[str, ...] = ()
+    """Checkpoint tensors that merely repeat the embedding when it is tied."""
+
+    def describe(self, values: Mapping[str, Any]) -> Architecture:
+        """Translate a config.json.
+
+        Raises:
+            ValueError: a field is missing, has a value we do not honour, or is one this family does not know.
+        """
+        hf = HFConfig(values)
+        config = {name: source(hf) if callable(source) else hf[source] for name, source in self.config.items()}
+        architecture = Architecture(
+            family=self,
+            config=MappingProxyType({**self.fixed, **config}),
+            activation=self.activation(hf),
+            vocab_size=hf["vocab_size"],
+            max_position_embeddings=hf["max_position_embeddings"],
+            rope=self.rope(hf),
+            tied=self.tied(hf),
+            swaps=tuple(swap for swap in self.swaps if swap.when(hf)),
+        )
+        self._refuse_unknown(hf)
+        return architecture
+
+    def _refuse_unknown(self, hf: HFConfig) -> None:
+        for name, value in hf.unread().items():
+            if name in _INERT or (name in self.inert and self.inert[name](value)):
+                continue
+            raise ValueError(f"config.json: family {self.name} does not honour {name}={value!r}; refusing to ignore it")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model: a family's translation of one config.json. Says what to build, not where."""
+
+    family: Family
+    config: Mapping[str, Any]
+    """TransformerConfig fields, without anything that depends on the parallel layout or precision."""
+
+    activation: str
+    vocab_size: int
+    """Rows of the embedding, before padding."""
+
+    max_position_embeddings: int
+    rope: Rope | None
+    tied: bool
+    swaps: tuple[Swap, ...]
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.config["num_attention_heads"]
+
+    @property
+    def num_query_groups(self) -> int:
+        return self.config["num_query_groups"]
+
+    @property
+    def kv_channels(self) -> int:
+        return self.config["kv_channels"]
+
+
+# ------------------------------------------------------------------------------------------ pieces that families share
+
+_ROPE_REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
+_YARN_OPTIONAL = "attention_factor beta_fast beta_slow mscale mscale_all_dim truncate original_max_position_embeddings"
+_ROPE_OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "dynamic": ("original_max_position_embeddings",),
+    "yarn": tuple(_YARN_OPTIONAL.split()),
+}
+
+
+def rope_from_config(hf: HFConfig) -> Rope:
+    """Read ``rope_parameters`` (transformers 5), or ``rope_theta`` with ``rope_scaling`` (before).
+
+    Raises:
+        ValueError: an unknown type, a parameter that is missing or that the type does not have.
+    """
+    given = {**hf.get("rope_scaling", {}), **hf.get("rope_parameters", {})}
+    legacy = given.pop("type", None)
+    kind = given.pop("rope_type", None) or legacy or "default"
+    theta = given.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
+    hf.get("rope_theta")
+    if kind not in _ROPE_REQUIRED:
+        raise ValueError(f"config.json: rope_type={kind!r} is not supported; choose one of {', '.join(_ROPE_REQUIRED)}")
+    if missing := [name for name in _ROPE_REQUIRED[kind] if given.get(name) is None]:
+        raise ValueError(f"config.json: rope_type={kind!r} needs {', '.join(missing)}")
+    known = {*_ROPE_REQUIRED[kind], *_ROPE_OPTIONAL.get(kind, ())}
+    if unknown := sorted(name for name, value in given.items() if name not in known and value is not None):
+        raise ValueError(f"config.json: rope_type={kind!r} does not honour {', '.join(unknown)}")
+    parameters = MappingProxyType({name: value for name, value in given.items() if value is not None})
+    return Rope(kind, float(theta), hf["max_position_embeddings"], parameters)

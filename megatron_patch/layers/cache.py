@@ -1,0 +1,87 @@
+"""The key-value cache for generation, kept beside the model rather than inside megatron-core's inference context.
+
+Keys are stored after rotation, so a step costs one token however long the context is. Rows of a batch may have prompts of
+different lengths: they are padded on the left, share their slots, and each row counts positions from its own first token.
+
+Shapes: B rows, H key-value heads on this rank, S new tokens, L slots, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of every layer of one pipeline stage, for one batch.
+
+    Args:
+        padding_B: how many slots at the start of each row are padding.
+        num_slots: the largest number of tokens a row will hold, padding included.
+    """
+
+    def __init__(self, padding_B: Tensor, num_slots: int) -> None:
+        self.padding_B = padding_B
+        self.num_slots = num_slots
+        self.length = 0
+        self._slots = torch.arange(num_slots, device=padding_B.device)
+        self._padded = bool(padding_B.any())
+        self._memory: dict[int, tuple[Tensor, Tensor]] = {}
+        self._new = 0
+        self._mask: Tensor | None = None
+
+    @contextmanager
+    def step(self, model: torch.nn.Module, num_new: int) -> Iterator[None]:
+        """Let `model` process `num_new` tokens a row: inside, its attention and rotary modules work on this cache."""
+        if self.length + num_new > self.num_slots:
+            raise ValueError(f"the cache has {self.num_slots} slots; {self.length} are used and {num_new} more are asked for")
+        users = [module for module in model.modules() if hasattr(module, "kv_cache")]
+        self._new, self._mask = num_new, self._attention_mask(num_new)
+        for module in users:
+            module.kv_cache = self
+        try:
+            yield
+        finally:
+            for module in users:
+                module.kv_cache = None
+        self.length += num_new
+
+    def positions_SB(self) -> Tensor:
+        """Position of each new token in its own row, from 0 (padding counts as 0)."""
+        slots = self._slots[self.length : self.length + self._new]
+        return (slots[:, None] - self.padding_B).clamp(min=0)
+
+    def update(self, layer: int, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store the new keys and values of a layer.
+
+        Returns:
+            All keys and values so far [B, H, length, D], and a mask [B, 1, S, length] (True: may attend), or None where
+            the causal rule alone decides.
+        """
+        if layer not in self._memory:
+            batch, heads, _, dim = key_BHSD.shape
+            shape = (batch, heads, self.num_slots, dim)
+            self._memory[layer] = (key_BHSD.new_empty(shape), value_BHSD.new_empty(shape))
+        end = self.length + self._new
+        key, value = self._memory[layer]
+        key[:, :, self.length : end] = key_BHSD
+        value[:, :, self.length : end] = value_BHSD
+        return key[:, :, :end], value[:, :, :end], self._mask
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep only these rows of the batch, in this order."""
+        self.padding_B = self.padding_B[rows]
+        self._memory = {layer: (k[rows], v[rows]) for layer, (k, v) in self._memory.items()}
+
+    def _attention_mask(self, num_new: int) -> Tensor | None:
+        # One new token may see all slots, and a first chunk is plainly causal: without padding neither needs a mask.
+        if not self._padded and (num_new == 1 or self.length == 0):
+            return None
+        query = self._slots[self.length : self.length + num_new, None]
+        key = self._slots[None, : self.length + num_new]
+        real = key >= self.padding_B[:, None, None]
+        # Padding attends to itself: a row without any key would turn into NaN and spoil the values others read.
+        return ((key <= query) & (real | (key == query)))[:, None]

@@ -1,0 +1,146 @@
+"""Reversible weight rules: how Hugging Face tensors become internal tensors, and back.
+
+An *internal* tensor carries megatron-core's local parameter name, whole (TP1 PP1) and without vocabulary padding. A rule
+names one internal tensor and the Hugging Face tensors it is made of; ``*`` stands for a layer number. Both directions are
+written on the rule, so the other half of a weight map is never maintained by hand. `claim` matches rules with the
+parameters that a model really has: every parameter must be claimed by exactly one rule.
+
+This file knows tensors and names only: no families, no megatron, no disk, no ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Heads(Protocol):
+    """The attention geometry that rules for fused projections need."""
+
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """One internal tensor and the Hugging Face tensors it is made of."""
+
+    internal: str
+    """Internal name, ``*`` for each running number."""
+
+    hf: tuple[str, ...]
+    """Hugging Face names in the order the rule wants them, with as many ``*``."""
+
+    def __init__(self, internal: str, *hf: str) -> None:
+        object.__setattr__(self, "internal", internal)
+        object.__setattr__(self, "hf", hf)
+
+    @abstractmethod
+    def to_internal(self, tensors: Sequence[Tensor], heads: Heads) -> Tensor:
+        """The internal tensor from those named by `hf`, in that order."""
+
+    @abstractmethod
+    def to_hf(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        """The Hugging Face tensors from the internal one; works on the meta device, where it tells their shapes."""
+
+
+class Copy(Rule):
+    """The same tensor under another name."""
+
+    def to_internal(self, tensors: Sequence[Tensor], heads: Heads) -> Tensor:
+        (tensor,) = tensors
+        return tensor
+
+    def to_hf(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return (tensor,)
+
+
+class QKV(Rule):
+    """Separate Q, K, V projections (weights or biases) merged per query group.
+
+    With G groups, R = query heads a group and head size D, megatron-core wants G x (R + 2) x D rows: for each group its R
+    query heads, then its key, then its value. This is the one place that knows that interleave.
+    """
+
+    def to_internal(self, tensors: Sequence[Tensor], heads: Heads) -> Tensor:
+        rest = tensors[0].shape[1:]
+        grouped = [t.reshape(heads.num_query_groups, -1, heads.kv_channels, *rest) for t in tensors]
+        return torch.cat(grouped, dim=1).reshape(-1, *rest)
+
+    def to_hf(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        rest = tensor.shape[1:]
+        queries = heads.num_attention_heads // heads.num_query_groups
+        grouped = tensor.reshape(heads.num_query_groups, queries + 2, heads.kv_channels, *rest)
+        return tuple(part.reshape(-1, *rest) for part in grouped.split([queries, 1, 1], dim=1))
+
+
+class Stack(Rule):
+    """Equal parts stacked along the first axis, such as gate over up."""
+
+    def to_internal(self, tensors: Sequence[Tensor], heads: Heads) -> Tensor:
+        return torch.cat(list(tensors))
+
+    def to_hf(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return tensor.chunk(len(self.hf))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A rule bound to one internal tensor: the running numbers are filled in."""
+
+    name: str
+    """The internal tensor's name."""
+
+    hf: tuple[str, ...]
+    """The Hugging Face tensors it is made of."""
+
+    rule: Rule
+    """How."""
+
+    shape: tuple[int, ...]
+    """The internal tensor's shape."""
+
+    def hf_shapes(self, heads: Heads) -> tuple[tuple[int, ...], ...]:
+        """The shape each Hugging Face tensor must have, derived from the internal one."""
+        return tuple(tuple(t.shape) for t in self.rule.to_hf(torch.empty(self.shape, device="meta"), heads))
+
+
+def claim(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Claim, ...]:
+    """Bind rules to a model's internal tensors, in the model's order.
+
+    Args:
+        rules: a family's rules; those without a tensor in this model (say, biases it does not have) stay unused.
+        shapes: internal name -> shape, for every parameter of the model.
+
+    Raises:
+        ValueError: a parameter that no rule or more than one rule claims, or a Hugging Face tensor claimed twice.
+    """
+    patterns = [(rule, re.compile(re.escape(rule.internal).replace(r"\*", r"(\d+)"))) for rule in rules]
+    claims = tuple(_claim_one(name, tuple(shape), patterns) for name, shape in shapes.items())
+    owner: dict[str, str] = {}
+    for one in claims:
+        for source in one.hf:
+            if owner.setdefault(source, one.name) != one.name:
+                raise ValueError(f"Hugging Face tensor {source} is claimed by both {owner[source]} and {one.name}")
+    return claims
+
+
+def _claim_one(name: str, shape: tuple[int, ...], patterns: list[tuple[Rule, re.Pattern[str]]]) -> Claim:
+    hits = [(rule, match.groups()) for rule, pattern in patterns if (match := pattern.fullmatch(name))]
+    if len(hits) != 1:
+        claimants = ", ".join(rule.internal for rule, _ in hits) or "none"
+        raise ValueError(f"parameter {name} must be claimed by exactly one weight rule; claimed by: {claimants}")
+    rule, numbers = hits[0]
+    return Claim(name, tuple(_fill(source, numbers) for source in rule.hf), rule, shape)
+
+
+def _fill(pattern: str, numbers: Sequence[str]) -> str:
+    remaining = iter(numbers)
+    return re.sub(r"\*", lambda _: next(remaining), pattern)
