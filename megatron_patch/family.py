@@ -1,8 +1,8 @@
 """The record of a model family, and the translation of a Hugging Face ``config.json`` by it.
 
 A family says, as data, how config fields become `TransformerConfig` fields, which fields have no effect on the
-computation, and one reversible rule per weight. `Family.describe` turns a config into an `Architecture`; a field that the
-family neither honours nor lists as inert is refused by name, so nothing that changes behaviour is ever ignored.
+computation, and one reversible rule per weight. `Family.describe` turns a config into an `Architecture`; a field that
+the family neither honours nor lists as inert is refused by name, so nothing that changes behaviour is ever ignored.
 
 It knows weights.py and the names of megatron-core's config fields: no GPTModel, no arguments, no disk.
 """
@@ -17,13 +17,16 @@ from typing import Any
 from megatron_patch.weights import Rule
 
 # Fields of any Hugging Face config that do not change what the model computes.
-_INERT = frozenset(
-    """model_type architectures torch_dtype dtype transformers_version _name_or_path use_cache bos_token_id eos_token_id
-    pad_token_id sep_token_id unk_token_id id2label label2id num_labels problem_type task_specific_params
-    tokenizer_class return_dict output_attentions output_hidden_states chunk_size_feed_forward is_encoder_decoder
-    is_decoder auto_map gradient_checkpointing _attn_implementation attn_implementation _attn_implementation_autoset
-    prefix finetuning_task transformers.js_config name_or_path""".split()
-)
+# fmt: off
+_INERT = frozenset({
+    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "id2label", "label2id",
+    "num_labels", "problem_type", "task_specific_params", "tokenizer_class", "return_dict", "output_attentions",
+    "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder", "auto_map",
+    "gradient_checkpointing", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset",
+    "prefix", "finetuning_task", "transformers.js_config", "name_or_path",
+})
+# fmt: on
 
 
 class HFConfig:

@@ -35,7 +35,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def transformer_config(architecture: Architecture, dtype: torch.dtype = torch.float32, **layout: Any) -> TransformerConfig:
+def transformer_config(
+    architecture: Architecture, dtype: torch.dtype = torch.float32, **layout: Any
+) -> TransformerConfig:
     """megatron-core's config for this architecture.
 
     Args:
@@ -47,7 +49,9 @@ def transformer_config(architecture: Architecture, dtype: torch.dtype = torch.fl
     """
     if architecture.activation not in _ACTIVATIONS:
         choices = ", ".join(_ACTIVATIONS)
-        raise ValueError(f"config.json: hidden_act={architecture.activation!r} is not supported; choose one of {choices}")
+        raise ValueError(
+            f"config.json: hidden_act={architecture.activation!r} is not supported; choose one of {choices}"
+        )
     check_layout(architecture, **{name: value for name, value in layout.items() if name in _LAYOUT})
     fields = {
         "activation_func": _ACTIVATIONS[architecture.activation],
@@ -192,7 +196,9 @@ def flops_per_token(architecture: Architecture, seq_length: int) -> float:
     position and channel of the attention scores and context; the causal half is not taken off, as is the custom.
     """
     c = architecture.config
-    queries, keys = (n * architecture.kv_channels for n in (architecture.num_attention_heads, architecture.num_query_groups))
+    queries, keys = (
+        n * architecture.kv_channels for n in (architecture.num_attention_heads, architecture.num_query_groups)
+    )
     attention = c["hidden_size"] * (2 * queries + 2 * keys)
     mlp = c["hidden_size"] * c["ffn_hidden_size"] * (3 if c.get("gated_linear_unit") else 2)
     head = c["hidden_size"] * architecture.vocab_size

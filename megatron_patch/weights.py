@@ -1,9 +1,9 @@
 """Reversible weight rules: how Hugging Face tensors become internal tensors, and back.
 
-An *internal* tensor carries megatron-core's local parameter name, whole (TP1 PP1) and without vocabulary padding. A rule
-names one internal tensor and the Hugging Face tensors it is made of; ``*`` stands for a layer number. Both directions are
-written on the rule, so the other half of a weight map is never maintained by hand. `claim` matches rules with the
-parameters that a model really has: every parameter must be claimed by exactly one rule.
+An *internal* tensor carries megatron-core's local parameter name, whole (TP1 PP1) and without vocabulary padding. A
+rule names one internal tensor and the Hugging Face tensors it is made of; ``*`` stands for a layer number. Both
+directions are written on the rule, so the other half of a weight map is never maintained by hand. `claim` matches
+rules with the parameters that a model really has: every parameter must be claimed by exactly one rule.
 
 This file knows tensors and names only: no families, no megatron, no disk, no ranks.
 """
@@ -65,8 +65,8 @@ class Copy(Rule):
 class QKV(Rule):
     """Separate Q, K, V projections (weights or biases) merged per query group.
 
-    With G groups, R = query heads a group and head size D, megatron-core wants G x (R + 2) x D rows: for each group its R
-    query heads, then its key, then its value. This is the one place that knows that interleave.
+    With G groups, R = query heads a group and head size D, megatron-core wants G x (R + 2) x D rows: for each group its
+    R query heads, then its key, then its value. This is the one place that knows that interleave.
     """
 
     def to_internal(self, tensors: Sequence[Tensor], heads: Heads) -> Tensor:

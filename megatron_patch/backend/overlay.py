@@ -1,11 +1,13 @@
 """Lets *unmodified* megatron-core run on CPU + gloo; does nothing where CUDA is available.
 
-megatron-core names the CUDA device in three ways: as a constant (``device="cuda"``, ``"torch.cuda.FloatTensor"``), through
-``torch.cuda.*`` calls, and through ``Tensor.cuda()``. `install` puts an import hook in place that, for modules below
-``megatron.core`` only,
+megatron-core names the CUDA device in three ways: as a constant (``device="cuda"``, ``"torch.cuda.FloatTensor"``),
+through ``torch.cuda.*`` calls, and through ``Tensor.cuda()``. `install` puts an import hook in place that, for modules
+below ``megatron.core`` only,
 
-1. exchanges those constants in the compiled code as each module is loaded (the files on disk stay as they are),
-2. binds the module's global name ``torch`` to a stand-in whose ``cuda`` namespace speaks of the CPU,
+1. exchanges those constants, and in functions the attribute name ``cuda`` for ``cpu``, in the compiled code as each
+   module is loaded (the files on disk stay as they are),
+2. binds the module's global name ``torch`` to a stand-in whose ``cuda`` and ``cpu`` namespaces both answer, for the
+   CPU, what ``torch.cuda`` would,
 3. rebinds the handful of functions that neither of the two reaches (`_AFTER_IMPORT`).
 
 Nothing global is patched: ``torch`` itself, and every other library in the process, sees no difference.
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from inspect import CO_OPTIMIZED
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -28,8 +31,6 @@ _CONSTANTS = {
     "torch.cuda.HalfTensor": "torch.HalfTensor",
     "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
 }
-# Functions that call `tensor.cuda()` and never `torch.cuda`: there the attribute itself is exchanged.
-_TENSOR_CUDA = {"setup_embeddings_and_output_layer"}
 
 
 def install() -> None:
@@ -37,7 +38,7 @@ def install() -> None:
     if any(isinstance(finder, _CoreFinder) for finder in sys.meta_path):
         return
     if _CORE in sys.modules and _on_cpu():
-        raise ImportError("import megatron_patch before megatron.core: without CUDA its modules are adapted as they load")
+        raise ImportError("import megatron_patch before megatron.core: without CUDA core is adapted as it loads")
     sys.meta_path.insert(0, _CoreFinder())
 
 
@@ -76,10 +77,10 @@ class _CoreLoader(SourceFileLoader):
 
 
 def translate(code: CodeType) -> CodeType:
-    """The same code with `_CONSTANTS` exchanged, in nested functions too."""
+    """The same code with `_CONSTANTS` exchanged, and the attribute ``cuda`` where it runs after import."""
     consts = tuple(_translate_constant(value) for value in code.co_consts)
     names = code.co_names
-    if code.co_name in _TENSOR_CUDA:
+    if code.co_flags & CO_OPTIMIZED:  # a function; modules and classes run while `torch` still is the real one
         names = tuple("cpu" if name == "cuda" else name for name in names)
     return code.replace(co_consts=consts, co_names=names)
 
@@ -98,12 +99,13 @@ _STAND_IN: ModuleType | None = None
 
 
 def _torch_on_cpu() -> ModuleType:
-    """A module that is torch in everything but ``torch.cuda``; built once."""
+    """A module that is torch in everything but ``torch.cuda`` (also found as ``torch.cpu``); built once."""
     global _STAND_IN
     if _STAND_IN is None:
         import torch
 
-        _STAND_IN = _variant(torch, cuda=_variant(torch.cuda, **_cuda_on_cpu()))
+        cuda = _variant(torch.cuda, **_cuda_on_cpu())
+        _STAND_IN = _variant(torch, cuda=cuda, cpu=cuda)
     return _STAND_IN
 
 
@@ -136,7 +138,7 @@ def _cuda_on_cpu() -> dict[str, Any]:
     )
 
 
-# --------------------------------------------------------------------------------- what constants and names do not reach
+# -------------------------------------------------------------------------------- what constants and names do not reach
 
 
 def _disable_compilation(jit: ModuleType) -> None:

@@ -1,7 +1,8 @@
 """The key-value cache for generation, kept beside the model rather than inside megatron-core's inference context.
 
-Keys are stored after rotation, so a step costs one token however long the context is. Rows of a batch may have prompts of
-different lengths: they are padded on the left, share their slots, and each row counts positions from its own first token.
+Keys are stored after rotation, so a step costs one token however long the context is. Rows of a batch may have prompts
+of different lengths: they are padded on the left, share their slots, and each row counts positions from its own first
+token.
 
 Shapes: B rows, H key-value heads on this rank, S new tokens, L slots, D head size.
 """
@@ -37,7 +38,9 @@ class KVCache:
     def step(self, model: torch.nn.Module, num_new: int) -> Iterator[None]:
         """Let `model` process `num_new` tokens a row: inside, its attention and rotary modules work on this cache."""
         if self.length + num_new > self.num_slots:
-            raise ValueError(f"the cache has {self.num_slots} slots; {self.length} are used and {num_new} more are asked for")
+            raise ValueError(
+                f"the cache has {self.num_slots} slots; {self.length} are used and {num_new} more are asked for"
+            )
         users = [module for module in model.modules() if hasattr(module, "kv_cache")]
         self._new, self._mask = num_new, self._attention_mask(num_new)
         for module in users:

@@ -1,4 +1,4 @@
-"""Tensor-parallel linears that have a bias although the model's others do not (``add_bias_linear`` is all or nothing)."""
+"""Tensor-parallel linears with a bias where the model's others have none: ``add_bias_linear`` is all or nothing."""
 
 from __future__ import annotations
 

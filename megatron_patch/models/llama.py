@@ -30,7 +30,9 @@ LLAMA = Family(
     fixed={"normalization": "RMSNorm", "gated_linear_unit": True, "add_bias_linear": False, "hidden_dropout": 0.0},
     rope=rope_from_config,
     swaps=(
-        Swap("self_attention.linear_proj", "linear.RowParallelLinearWithBias", lambda hf: hf.get("attention_bias", False)),
+        Swap(
+            "self_attention.linear_proj", "linear.RowParallelLinearWithBias", lambda hf: hf.get("attention_bias", False)
+        ),
         Swap("mlp.linear_fc1", "linear.ColumnParallelLinearWithBias", lambda hf: hf.get("mlp_bias", False)),
         Swap("mlp.linear_fc2", "linear.RowParallelLinearWithBias", lambda hf: hf.get("mlp_bias", False)),
     ),

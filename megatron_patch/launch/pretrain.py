@@ -1,0 +1,27 @@
+"""`megatron-patch pretrain`: train, or continue training, a model on indexed datasets.
+
+    megatron-patch pretrain --nproc-per-node 2 --tensor-model-parallel-size 2 --load CKPT --save OUT \\
+        --data-path PREFIX_text_document --train-iters 100
+
+Run it under torchrun or a cluster's launcher for several machines. It holds no logic of its own.
+"""
+
+from __future__ import annotations
+
+import tyro
+
+from megatron_patch.training.arguments import PretrainArgs
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, check, train."""
+    args = tyro.cli(PretrainArgs, prog="megatron-patch pretrain", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    args.validate()
+    from megatron_patch.training.initialize import shut_down
+    from megatron_patch.training.loop import pretrain
+
+    try:
+        pretrain(args)
+    finally:
+        shut_down()
+    return 0

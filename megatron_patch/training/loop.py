@@ -1,0 +1,366 @@
+"""The training loop: from validated arguments to a trained, saved model.
+
+`pretrain` reads top to bottom in the order a run happens. It knows nothing of families: the model comes described, the
+data comes as batches.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_patch.checkpoint import directory as layout
+from megatron_patch.checkpoint.megatron import load_weights
+from megatron_patch.data.datasets import batches, build_datasets
+from megatron_patch.family import Architecture
+from megatron_patch.model import build_model, flops_per_token, transformer_config
+from megatron_patch.models import family_for
+from megatron_patch.tokenizer import load_tokenizer
+from megatron_patch.training import checkpointing
+from megatron_patch.training.arguments import Plan, PretrainArgs, plan
+from megatron_patch.training.checkpointing import Layout, Progress, Trainer
+from megatron_patch.training.initialize import device, initialize, seed_everything
+from megatron_patch.training.loss import Batch, forward_step
+from megatron_patch.training.metrics import Reporter
+from megatron_patch.training.optimizer import build_optimizer, training_dtype, wrap
+
+
+@dataclass
+class Run:
+    """Everything one process holds while it trains."""
+
+    args: PretrainArgs
+    plan: Plan
+    architecture: Architecture
+    config: TransformerConfig
+    model: list[DistributedDataParallel]
+    trainer: Trainer
+    tokenizer_directory: Path
+    progress: Progress = field(default_factory=Progress)
+    reporter: Reporter | None = None
+
+
+def pretrain(args: PretrainArgs) -> Progress:
+    """Train as `args` say, on this process's part of the work.
+
+    Raises:
+        ValueError: the arguments do not fit the model, the data or the number of processes.
+    """
+    initialize(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        seed=args.seed,
+        timeout_minutes=args.distributed_timeout_minutes,
+    )
+    run = set_up(args)
+    train_data, valid_data = _datasets(run)
+    stop = _StopSignal()
+    if dist.get_rank() == 0:
+        run.reporter = Reporter(args.save, args.tensorboard_dir, run.progress.iteration, run.plan.train_iters)
+        run.reporter.say(_announcement(run))
+    try:
+        _train(run, train_data, valid_data, stop)
+    finally:
+        stop.restore()
+        if run.reporter:
+            run.reporter.close()
+    return run.progress
+
+
+# --------------------------------------------------------------------------------------------------------------- set-up
+
+
+def set_up(args: PretrainArgs) -> Run:
+    """Build the model, its optimizer and schedule, and load what there is to load."""
+    derived = plan(args, dist.get_world_size())
+    source = _source(args)
+    values = layout.read_config(source)
+    architecture = family_for(values).describe(values)
+    config = transformer_config(
+        architecture,
+        training_dtype(args),
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        calculate_per_token_loss=True,
+        **_recompute(args),
+    )
+    bare = build_model(architecture, config, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by)
+    bare.to(device())
+    resumes = args.hf_config is None and _holds_training_state(source) and not args.finetune
+    if args.hf_config is None and not resumes:
+        load_weights([bare], source)
+    model = [wrap(bare, config, args)]
+    optimizer, scheduler = build_optimizer(args, derived, config, model)
+    trainer = Trainer([bare], optimizer, scheduler, Layout.current(args.use_distributed_optimizer))
+    files = layout.huggingface_directory(source) if layout.is_megatron(source) else Path(source)
+    run = Run(args, derived, architecture, config, model, trainer, files)
+    if resumes:
+        run.progress = checkpointing.load(layout.latest(source)[0], trainer, with_optimizer=not args.no_load_optim)
+    else:
+        seed_everything(args.seed)
+    if args.save and dist.get_rank() == 0:
+        layout.carry_huggingface(source, args.save)
+    return run
+
+
+def _source(args: PretrainArgs) -> str:
+    # A run that was killed resumes when its command is given again.
+    if args.save and layout.is_megatron(args.save):
+        return args.save
+    return args.load or args.hf_config or ""
+
+
+def _holds_training_state(root: str) -> bool:
+    return layout.latest(root)[1] is not None
+
+
+def _recompute(args: PretrainArgs) -> dict[str, Any]:
+    if args.recompute_granularity != "full":
+        return {"recompute_granularity": args.recompute_granularity}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": args.recompute_method,
+        "recompute_num_layers": args.recompute_num_layers,
+    }
+
+
+def _datasets(run: Run) -> tuple[Any, Any]:
+    args, size = run.args, run.plan.global_batch_size
+    tokenizer = load_tokenizer(run.tokenizer_directory)
+    wanted = (run.plan.train_iters * size, args.eval_iters * size, 0)
+    train, valid, _ = build_datasets(args.data, tokenizer, wanted)
+    return train, valid
+
+
+def _batches(run: Run, dataset: Any, consumed: int) -> Iterator[Batch]:
+    return batches(
+        dataset,
+        consumed,
+        run.args.micro_batch_size,
+        run.architecture.vocab_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        run.args.num_workers,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- loop
+
+
+def _train(run: Run, train_data: Any, valid_data: Any, stop: _StopSignal) -> None:
+    args, progress = run.args, run.progress
+    if progress.iteration >= run.plan.train_iters:
+        return
+    data = _batches(run, train_data, progress.consumed_samples)
+    window = _Window(run)
+    if progress.iteration == 0:
+        _evaluate_and_report(run, valid_data)
+    while progress.iteration < run.plan.train_iters:
+        window.add(train_step(run, data))
+        last = progress.iteration == run.plan.train_iters
+        if progress.iteration % args.log_interval == 0 or last:
+            window.report()
+        if progress.iteration % args.eval_interval == 0 or last:
+            _evaluate_and_report(run, valid_data)
+            window.restart()
+        stopped = stop.requested()
+        due = args.save_interval and progress.iteration % args.save_interval == 0
+        if args.save and (due or last or stopped):
+            _save(run)
+            window.restart()
+        if stopped:
+            _say(run, f"stopped by signal after iteration {progress.iteration}" + (", saved" if args.save else ""))
+            return
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one iteration gave."""
+
+    sums: torch.Tensor
+    """[summed loss, number of tokens] of this data-parallel rank's micro-batches; zeros but on the last stage."""
+
+    grad_norm: float
+    lr: float
+    stepped: bool
+    """Whether the optimizer took the step: fp16 skips those that overflow."""
+
+
+def train_step(run: Run, data: Iterator[Batch]) -> Step:
+    """One iteration: all micro-batches forward and backward, the optimizer's step, the schedule's."""
+    lr = run.trainer.optimizer.param_groups[0]["lr"]
+    for chunk in run.model:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    run.trainer.optimizer.zero_grad()
+    sums = _forward_backward(run, data, run.plan.num_microbatches, forward_only=False)
+    stepped, norm, _ = run.trainer.optimizer.step()
+    if stepped:
+        run.trainer.scheduler.step(increment=run.plan.global_batch_size)
+    run.progress.iteration += 1
+    run.progress.consumed_samples += run.plan.global_batch_size
+    return Step(sums, float(norm or 0.0), lr, stepped)
+
+
+def _forward_backward(run: Run, data: Iterator[Batch], count: int, forward_only: bool) -> torch.Tensor:
+    results: Sequence[torch.Tensor] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=data,
+        model=run.model,
+        num_microbatches=count,
+        seq_length=run.args.seq_length,
+        micro_batch_size=run.args.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return torch.stack(list(results)).sum(0) if results else torch.zeros(2, device=device())
+
+
+def _mean_loss(sums: torch.Tensor) -> float:
+    """The loss per token over all data-parallel ranks, known to every rank."""
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    return (sums[0] / sums[1].clamp(min=1)).item()
+
+
+@torch.no_grad()
+def evaluate(run: Run, valid_data: Any) -> float:
+    """Loss per token on the first `eval_iters` global batches of the validation split: the same ones every time."""
+    for chunk in run.model:
+        chunk.eval()
+    data = _batches(run, valid_data, 0)
+    sums = _forward_backward(run, data, run.plan.num_microbatches * run.args.eval_iters, forward_only=True)
+    return _mean_loss(sums)
+
+
+def _evaluate_and_report(run: Run, valid_data: Any) -> None:
+    if valid_data is None:
+        return
+    loss = evaluate(run, valid_data)
+    if run.reporter:
+        values = {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 20.0))}
+        line = f"validation loss {loss:.6f} | perplexity {values['validation_perplexity']:.4g}"
+        run.reporter.record(run.progress.iteration, values, line)
+
+
+class _Window:
+    """Sums between two log lines; the values leave the device only when they are shown."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._flops = flops_per_token(run.architecture, run.args.seq_length)
+        self._sums, self._skipped = torch.zeros(2, device=device()), 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Do not count the time since the last line (an evaluation, a save)."""
+        self._begin, self._iterations = time.monotonic(), 0
+
+    def add(self, step: Step) -> None:
+        """Take in one iteration."""
+        self._sums += step.sums
+        self._last, self._skipped = step, self._skipped + (not step.stepped)
+        self._iterations += 1
+        if self._run.reporter:
+            self._run.reporter.step(self._run.progress.iteration)
+
+    def report(self) -> None:
+        """Show and forget."""
+        loss = _mean_loss(self._sums)
+        seconds = (time.monotonic() - self._begin) / self._iterations
+        tokens = self._run.plan.global_batch_size * self._run.args.seq_length / seconds
+        values = {
+            "loss": loss,
+            "grad_norm": self._last.grad_norm,
+            "lr": self._last.lr,
+            "loss_scale": float(self._run.trainer.optimizer.get_loss_scale()),
+            "skipped_iterations": self._skipped,
+            "consumed_samples": self._run.progress.consumed_samples,
+            "seconds_per_iteration": seconds,
+            "tokens_per_second": tokens,
+            "tflops_per_process": tokens * self._flops / dist.get_world_size() / 1e12,
+        }
+        self._sums.zero_()
+        self._skipped = 0
+        self.restart()
+        if self._run.reporter:
+            self._run.reporter.record(self._run.progress.iteration, values, self._line(values))
+
+    def _line(self, values: dict[str, float]) -> str:
+        parts = [
+            f"loss {values['loss']:.6f}",
+            f"grad norm {values['grad_norm']:.4f}",
+            f"lr {values['lr']:.3e}",
+            f"{values['tokens_per_second']:,.0f} tokens/s",
+            f"{values['tflops_per_process']:.3f} TFLOP/s per process",
+            f"ETA {self._run.reporter.eta(self._run.progress.iteration)}",
+        ]
+        if self._run.args.fp16:
+            parts.append(f"loss scale {values['loss_scale']:g}, skipped {values['skipped_iterations']}")
+        return " | ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------- saving, stopping
+
+
+def _save(run: Run) -> None:
+    settings = asdict(run.args)
+    place = checkpointing.save(run.args.save, run.trainer, run.progress, settings, run.args.keep_last)
+    _say(run, f"saved {place}")
+
+
+def _say(run: Run, line: str) -> None:
+    if run.reporter:
+        run.reporter.say(line)
+
+
+class _StopSignal:
+    """SIGTERM, or SIGUSR1 as schedulers send it: finish the iteration, save, leave."""
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self._received = False
+        self._before = {number: signal.signal(number, self._receive) for number in self._SIGNALS}
+
+    def _receive(self, *_: Any) -> None:
+        self._received = True
+
+    def requested(self) -> bool:
+        """Whether any rank received one: all ranks must agree, or some would wait for ever."""
+        flag = torch.tensor([float(self._received)], device=device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def restore(self) -> None:
+        """Put the handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _announcement(run: Run) -> str:
+    args, derived, config = run.args, run.plan, run.architecture.config
+    sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, derived.data_parallel_size)
+    batch = (derived.num_microbatches, derived.samples_per_process_step, args.seq_length)
+    return " | ".join(
+        (
+            f"{run.architecture.family.name}: {config['num_layers']} layers, hidden {config['hidden_size']}, "
+            f"vocabulary {run.architecture.vocab_size}",
+            "TP {} x PP {} x DP {}".format(*sizes),
+            "global batch {} = {} micro-batches x {} x {} tokens".format(derived.global_batch_size, *batch),
+            f"{training_dtype(args)}".removeprefix("torch."),
+            f"iterations {run.progress.iteration} to {derived.train_iters}",
+        )
+    )
