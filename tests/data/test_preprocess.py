@@ -1,0 +1,258 @@
+"""`preprocess` against the plain loop of transformers and megatron-core's builder, and under every kind of failure."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from transformers import AutoTokenizer
+
+from megatron_patch.data import preprocess as module
+from megatron_patch.data.arguments import PreprocessArgs
+from megatron_patch.data.preprocess import preprocess
+from megatron_patch.launch.preprocess import main
+from tests.tokenizer import make
+
+TEXTS = make.corpus(200) + list(make.TEXTS)
+
+
+def jsonl(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    return str(path)
+
+
+def arguments(tmp_path: Path, tokenizer: str, **changes: Any) -> PreprocessArgs:
+    """Arguments for tmp_path/in.jsonl -> tmp_path/out."""
+    base = {"input": (f"{tmp_path}/in.jsonl",), "output_prefix": f"{tmp_path}/out", "tokenizer_model": tokenizer}
+    return PreprocessArgs(**(base | changes))
+
+
+def contents(prefix: str) -> tuple[bytes, bytes]:
+    return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+
+
+def reference(tokenizer: str, texts: list[str], prefix: str, append_eod: bool) -> tuple[bytes, bytes]:
+    """What Megatron-LM's loop writes: transformers one document at a time, megatron-core's builder."""
+    hf = AutoTokenizer.from_pretrained(tokenizer)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", DType.optimal_dtype(len(hf)))
+    for text in texts:
+        ids = hf(text, split_special_tokens=True)["input_ids"]
+        ids += [hf.eos_token_id] if append_eod and ids[-1] != hf.eos_token_id else []
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{prefix}.idx")
+    return contents(prefix)
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "llama_sentencepiece", "byt5"])
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_the_dataset_is_the_reference_loops_byte_for_byte(kind, append_eod, tmp_path):
+    tokenizer = getattr(make, kind)(tmp_path / "tokenizer")
+    jsonl(tmp_path / "in.jsonl", TEXTS)
+    report = preprocess(arguments(tmp_path, tokenizer, append_eod=append_eod))
+    expected = reference(tokenizer, TEXTS, f"{tmp_path}/reference", append_eod)
+    assert contents(report.prefix) == expected
+    assert report.prefix == f"{tmp_path}/out_text_document"
+    assert (report.documents, report.tokens, report.dtype) == (len(TEXTS), len(expected[0]) // 2, "uint16")
+    assert report.output_bytes == sum(map(len, expected)) and report.skipped == ()
+    assert any("end-of-document" in note for note in report.notes) is not append_eod
+
+
+def test_the_output_does_not_depend_on_workers_or_batches(bpe, tmp_path, monkeypatch):
+    jsonl(tmp_path / "in.jsonl", TEXTS)
+    one = preprocess(arguments(tmp_path, bpe, append_eod=True))
+    monkeypatch.setattr(module, "_BATCH_BYTES", 2000)
+    three = preprocess(arguments(tmp_path, bpe, append_eod=True, workers=3, output_prefix=f"{tmp_path}/three"))
+    assert contents(one.prefix) == contents(three.prefix)
+
+
+def test_several_files_of_several_kinds_follow_one_another(bpe, tmp_path):
+    first = jsonl(tmp_path / "a.jsonl", TEXTS[:3])
+    second = tmp_path / "b.txt"
+    second.write_text("A paragraph\nof two lines.\n\nAnother.\n")
+    args = arguments(tmp_path, bpe, input=(str(second), first), txt_document="paragraph")
+    texts = ["A paragraph\nof two lines.", "Another.", *TEXTS[:3]]
+    assert contents(preprocess(args).prefix) == reference(bpe, texts, f"{tmp_path}/reference", False)
+
+
+BROKEN = [json.dumps({"text": "fine"}), '{"text": "broken', '{"body": "x"}', "", json.dumps({"text": "also fine"})]
+
+
+def test_a_broken_line_stops_the_run_with_file_and_line_and_leaves_nothing(bpe, tmp_path):
+    (tmp_path / "in.jsonl").write_text("\n".join(BROKEN))
+    with pytest.raises(ValueError, match=r"in.jsonl:2: broken JSON: .*--on-error skip"):
+        preprocess(arguments(tmp_path, bpe))
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_skipped_lines_are_told_one_by_one_and_counted(bpe, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text("\n".join([*BROKEN, '{"text": " \\n"}', *['{"text": 1}'] * 30]))
+    report = preprocess(arguments(tmp_path, bpe, on_error="skip"))
+    assert dict(report.skipped) == {
+        "broken JSON": 1, "no key 'text'": 1, "empty text": 1, "key 'text' is no string": 30,
+    }  # fmt: skip
+    assert contents(report.prefix) == reference(bpe, ["fine", "also fine"], f"{tmp_path}/reference", False)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped ")]
+    assert "in.jsonl:2: broken JSON" in told[0] and "in.jsonl:3: no key 'text': the keys are 'body'" in told[1]
+    assert len(told) == 20 and told[-1].endswith("only counted")
+
+
+def test_a_wrong_key_never_gives_an_empty_dataset(bpe, tmp_path):
+    jsonl(tmp_path / "in.jsonl", TEXTS)
+    with pytest.raises(ValueError, match=r"no document in .*in.jsonl \(208 x no key 'content'\)"):
+        preprocess(arguments(tmp_path, bpe, json_keys="content", on_error="skip"))
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_a_literal_special_token_stays_text(bpe, tmp_path):
+    jsonl(tmp_path / "in.jsonl", ["end <|endoftext|> of <|im_end|>"])
+    dataset = IndexedDataset(preprocess(arguments(tmp_path, bpe, append_eod=True)).prefix)
+    assert np.flatnonzero(dataset[0] < len(make.SPECIAL)).tolist() == [len(dataset[0]) - 1]
+
+
+def test_append_eod_needs_a_tokenizer_that_has_one(tmp_path):
+    jsonl(tmp_path / "in.jsonl", TEXTS)
+    tokenizer = make.byte_bpe(tmp_path / "no_eos", pad_token="<|pad|>")
+    with pytest.raises(ValueError, match="--append-eod: the tokenizer in .*no_eos' has no end-of-sequence token"):
+        preprocess(arguments(tmp_path, tokenizer, append_eod=True))
+
+
+def test_a_killed_worker_fails_the_run_and_leaves_nothing(bpe, tmp_path, monkeypatch):
+    jsonl(tmp_path / "in.jsonl", TEXTS * 300)
+    monkeypatch.setattr(module, "_BATCH_BYTES", 20_000)
+    others = set(multiprocessing.active_children())
+
+    def kill_a_worker() -> None:
+        while not (tmp_path / "out_text_document.bin.tmp").exists():
+            time.sleep(0.01)
+        while not (mine := set(multiprocessing.active_children()) - others):
+            time.sleep(0.01)
+        os.kill(mine.pop().pid, signal.SIGKILL)
+
+    threading.Thread(target=kill_a_worker, daemon=True).start()
+    with pytest.raises(ChildProcessError, match=r"a worker process died .* at or after .*in.jsonl:\d+"):
+        preprocess(arguments(tmp_path, bpe, workers=2))
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_an_exception_in_a_worker_fails_the_run_and_says_where(bpe, tmp_path, monkeypatch):
+    jsonl(tmp_path / "in.jsonl", TEXTS)
+    # Ids that do not fit their type: numpy refuses inside the worker.
+    monkeypatch.setattr(module, "token_dtype", lambda vocab_size: np.dtype(np.uint8))
+    with pytest.raises(RuntimeError, match=r"a worker failed within .*in.jsonl:1 .. .*in.jsonl:208: OverflowError"):
+        preprocess(arguments(tmp_path, bpe))
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def command(args: PreprocessArgs, *flags: str) -> list[str]:
+    """The command line of these arguments."""
+    options = ["--output-prefix", args.output_prefix, "--tokenizer-model", args.tokenizer_model]
+    return ["--input", *args.input, *options, *flags]
+
+
+def test_a_run_killed_outright_leaves_no_dataset_and_no_process_and_can_be_repeated(bpe, tmp_path):
+    jsonl(tmp_path / "in.jsonl", TEXTS * 200)
+    args = arguments(tmp_path, bpe)
+    script = "import sys; from megatron_patch.launch.preprocess import main; main(sys.argv[1:])"
+    run = subprocess.Popen([sys.executable, "-c", script, *command(args, "--workers", "2")])
+    unfinished = tmp_path / "out_text_document.bin.tmp"
+    while not unfinished.exists() or unfinished.stat().st_size == 0:
+        assert run.poll() is None
+        time.sleep(0.01)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    run.kill()
+    run.wait()
+    assert len(workers) >= 2
+    assert not list(tmp_path.glob("*.idx")) and not list(tmp_path.glob("*.bin"))
+    assert _gone(workers)
+    assert preprocess(args).documents == len(TEXTS) * 200
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out_text_document.bin", "out_text_document.idx"]
+
+
+def _gone(pids: list[str], seconds: float = 10.0) -> bool:
+    """Whether processes end by themselves."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(_alive(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _alive(pid: str) -> bool:
+    try:
+        # Field 3 of stat: a zombie has ended and waits for whoever adopted it.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class Stalled:
+    """A writer that takes its time over each batch."""
+
+    def __init__(self, read: list[int]) -> None:
+        self.read, self.ahead = read, 0
+
+    def take(self, *_: object) -> None:
+        time.sleep(0.01)
+        self.ahead = max(self.ahead, len(self.read))
+        self.read.pop()
+
+
+def test_a_slow_writer_holds_the_readers_back(bpe, tmp_path, monkeypatch):
+    jsonl(tmp_path / "in.jsonl", TEXTS * 2)
+    monkeypatch.setattr(module, "_BATCH_BYTES", 2000)
+    read: list[int] = []
+    original = module._read_batches
+    monkeypatch.setattr(module, "_read_batches", lambda *args: (read.append(1) or batch for batch in original(*args)))
+    stalled = Stalled(read)
+    monkeypatch.setattr(module, "_take", stalled.take)
+    monkeypatch.setattr(module, "_require_documents", lambda *_: None)
+    preprocess(arguments(tmp_path, bpe, workers=2))
+    assert 0 < stalled.ahead <= 2 * module._BATCHES_PER_WORKER
+
+
+def test_the_command_prints_its_report(bpe, tmp_path, capsys):
+    jsonl(tmp_path / "in.jsonl", TEXTS)
+    assert main(command(arguments(tmp_path, bpe), "--append-eod", "--log-interval", "100")) == 0
+    captured = capsys.readouterr()
+    assert "208" in captured.out and "tokens/s" in captured.out
+    assert "208 documents" in captured.err
+
+
+def test_all_wrong_arguments_are_reported_at_once_before_any_work(tmp_path, bpe):
+    args = arguments(
+        tmp_path, f"{tmp_path}/none", workers=0, json_keys="a/b", log_interval=0, output_prefix=f"{tmp_path}/"
+    )
+    with pytest.raises(ValueError) as caught:
+        args.validate()
+    for flag in (
+        "--workers 0",
+        "--json-keys 'a/b'",
+        "--log-interval 0",
+        "--tokenizer-model",
+        "--output-prefix",
+        "--input",
+    ):
+        assert flag in str(caught.value)
+
+
+def test_an_existing_dataset_is_kept_unless_overwrite_is_given(bpe, tmp_path):
+    jsonl(tmp_path / "in.jsonl", TEXTS)
+    first = preprocess(arguments(tmp_path, bpe))
+    jsonl(tmp_path / "in.jsonl", TEXTS[:5])
+    with pytest.raises(ValueError, match="out_text_document.bin and .*already there; give --overwrite"):
+        preprocess(arguments(tmp_path, bpe))
+    assert len(IndexedDataset(first.prefix)) == len(TEXTS)
+    preprocess(arguments(tmp_path, bpe, overwrite=True))
+    assert len(IndexedDataset(first.prefix)) == 5
