@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_patch.backend.torch_adam import prepare_adam_for_loading, unshare_adam_steps
 from megatron_patch.checkpoint.directory import iteration_directory, staging, write_tracker
 
 # One format for every optimizer that survives a change of the tensor, pipeline and data parallel sizes.
@@ -117,6 +118,7 @@ def load(directory: Path, trainer: Trainer, *, with_optimizer: bool) -> Progress
             "--use-distributed-optimizer; resume likewise, or give --no-load-optim"
         )
     same_layout = saved == trainer.layout
+    prepare_adam_for_loading(trainer.optimizer)
     state = _sharded_state(trainer, is_loading=True, with_optimizer=with_optimizer)
     if same_layout:
         state["rng_state"] = _sharded_random_state()
@@ -125,6 +127,7 @@ def load(directory: Path, trainer: Trainer, *, with_optimizer: bool) -> Progress
         chunk.load_state_dict(loaded[f"model{index or ''}"])
     if with_optimizer:
         trainer.optimizer.load_state_dict(loaded["optimizer"])
+        unshare_adam_steps(trainer.optimizer)
     else:
         trainer.optimizer.reload_model_params()
     trainer.scheduler.load_state_dict(common["opt_param_scheduler"])

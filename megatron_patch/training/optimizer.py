@@ -10,6 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_patch.backend.torch_adam import torch_adams
 from megatron_patch.training.arguments import Plan, PretrainArgs
 
 
@@ -67,10 +68,9 @@ def build_optimizer(
 
 def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
     # Where core falls back to torch's AdamW (no Transformer Engine, no apex) its one-kernel form is the fastest.
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            for group in part.optimizer.param_groups:
-                group["fused"] = True
+    for _, adam in torch_adams(optimizer):
+        for group in adam.param_groups:
+            group["fused"] = True
 
 
 def _scheduler(args: PretrainArgs, plan: Plan, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -104,7 +104,7 @@ def test_only_the_newest_checkpoints_are_kept(run: Callable[..., Path]) -> None:
 
 
 def test_finetune_takes_the_weights_and_nothing_else(run: Callable[..., Path], plain: Path) -> None:
-    save = run(1, load=str(plain), finetune=True, train_iters=2)
+    save = run(1, load=str(plain), finetune=True, train_iters=2, lr_warmup_iters=None)
     assert curve(save, "consumed_samples") == [4, 8]
     assert curve(save, "validation_loss")[0] == pytest.approx(curve(plain, "validation_loss")[-1], rel=1e-6)
 
