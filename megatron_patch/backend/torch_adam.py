@@ -1,8 +1,8 @@
 """Mends what megatron-core leaves undone where it falls back to torch's AdamW (no Transformer Engine, no NVIDIA apex).
 
 Its distributed optimizer was written for fused optimizers that keep no step per parameter. Loading a checkpoint into
-torch's AdamW meets three traps: the step is asked for before it exists, it is looked for among the saved tensors, and one
-step tensor ends up shared by all parameters, so that each iteration would count once per parameter. Nothing here
+torch's AdamW meets three traps: the step is asked for before it exists, it is looked for among the saved tensors, and
+one step tensor ends up shared by all parameters, so that each iteration would count once per parameter. Nothing here
 applies to other optimizers.
 """
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import tyro
 
-from megatron_patch.training.arguments import PretrainArgs
+from megatron_patch.training.arguments import PretrainArgs, plan
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, train."""
-    args = tyro.cli(PretrainArgs, prog="megatron-patch pretrain", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
-    args.validate()
+    args = _parse(argv)
     from megatron_patch.training.initialize import shut_down
     from megatron_patch.training.loop import pretrain
 
@@ -25,3 +24,14 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         shut_down()
     return 0
+
+
+def check(argv: list[str], num_processes: int) -> None:
+    """Find a user's mistakes before any process starts."""
+    plan(_parse(argv), num_processes)
+
+
+def _parse(argv: list[str] | None) -> PretrainArgs:
+    args = tyro.cli(PretrainArgs, prog="megatron-patch pretrain", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    args.validate()
+    return args

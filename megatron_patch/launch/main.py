@@ -1,0 +1,100 @@
+"""The command `megatron-patch`: picks a sub-command, imports only that one, and turns a user's mistake into one line.
+
+A sub-command is a module with `main(argv) -> exit code`; one that runs as several processes may have
+`check(argv, num_processes)` too, which finds a user's mistakes before they start. A ValueError is something the user
+can mend (exit code 2), an OSError something the machine refused (1); both print one line, or their traceback where
+MEGATRON_PATCH_DEBUG=1. Any other exception is a defect of ours and keeps its traceback. Knows the sub-commands by name.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+
+from megatron_patch.launch import processes
+
+SECONDS_BEHIND_RANK_0 = 2.0
+"""How long other ranks wait before they report an error, which mostly is the one that rank 0 reports."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the table of sub-commands."""
+
+    help: str
+    parallel: bool = False
+    """Whether it may run as several processes."""
+
+
+COMMANDS = {
+    "doctor": Command("what is installed here, which kernels are used and why, the fix for what is missing"),
+    "convert": Command("Hugging Face checkpoint -> Megatron checkpoint, and back"),
+    "verify": Command("compare logits and loss of a Hugging Face checkpoint with its Megatron twin", parallel=True),
+    "preprocess": Command("jsonl or plain text -> the .bin/.idx files that pretraining reads"),
+    "pretrain": Command("pretrain, or continue to pretrain a converted checkpoint", parallel=True),
+    "generate": Command("continue prompts with a checkpoint", parallel=True),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"megatron-patch {version('megatron-patch')}")
+        return 0
+    if name not in COMMANDS:
+        problem = f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}" if name else "name a command"
+        print(f"{_usage()}\n\nmegatron-patch: error: {problem}", file=sys.stderr)
+        return 2
+    return _guarded(name, rest)
+
+
+def _usage() -> str:
+    rows = [f"  {name:<11} {command.help}" for name, command in COMMANDS.items()]
+    tail = "Options of a command: megatron-patch COMMAND --help. Version: megatron-patch --version."
+    return "\n".join(["usage: megatron-patch COMMAND [options]", "", *rows, "", tail])
+
+
+def _guarded(name: str, argv: list[str]) -> int:
+    try:
+        return _run(name, argv)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        if os.environ.get("MEGATRON_PATCH_DEBUG") == "1":
+            raise
+        print(f"megatron-patch {name}{_rank()}: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _rank() -> str:
+    """Names the rank where there are several, after a while: torchrun ends the others once rank 0 has reported."""
+    rank = os.environ.get("RANK", "")
+    if rank not in ("", "0"):
+        time.sleep(SECONDS_BEHIND_RANK_0)
+    return f" (rank {rank})" if rank else ""
+
+
+def _run(name: str, argv: list[str]) -> int:
+    num_processes, argv = processes.take_option(argv) if COMMANDS[name].parallel else (1, argv)
+    module = import_module(f"megatron_patch.launch.{name}")
+    if "-h" in argv or "--help" in argv:
+        print(processes.HELP if COMMANDS[name].parallel else "", end="")
+    elif num_processes > 1:
+        if hasattr(module, "check"):
+            module.check(argv, num_processes)
+        processes.run_again(num_processes, [name, *argv])
+    return module.main(argv)
+
+
+if __name__ == "__main__":  # core's checkpoint writer starts processes that import this module again
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Who may know what: the table of ARCHITECTURE.md as data, and the checker that reads a module's imports with `ast`.
+
+Imports inside functions and under TYPE_CHECKING count as well: they are knowledge too. A new part needs a row here.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "megatron_patch"
+
+_DISK = ("os", "pathlib", "shutil", "tempfile", "io", "glob", "json", "orjson", "safetensors")
+_COMMAND_LINE = ("argparse", "tyro")
+_RANKS = ("torch.distributed", "megatron.core.parallel_state")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one part may know of the package, and what it may never know of the world."""
+
+    may: tuple[str, ...] = ()
+    """Parts of the package, beside itself; everything else in the package is forbidden."""
+    never: tuple[str, ...] = ()
+    """Prefixes of other packages' module names."""
+
+
+_MODEL = ("weights", "family", "models", "layers", "backend", "model")
+_EVERYTHING = (*_MODEL, "checkpoint", "tokenizer", "data", "training")
+
+RULES = {
+    "weights": Rule(never=("megatron", "transformers", *_RANKS, *_DISK)),
+    "family": Rule(may=("weights",), never=("megatron", "torch.distributed", *_COMMAND_LINE, *_DISK)),
+    "models": Rule(may=("family", "weights"), never=("megatron", *_RANKS, *_COMMAND_LINE, *_DISK)),
+    "layers": Rule(may=("backend",), never=("transformers", *_COMMAND_LINE, *_DISK)),
+    "backend": Rule(never=("transformers", *_COMMAND_LINE)),
+    "model": Rule(may=("family", "weights", "layers", "backend"), never=("transformers", *_COMMAND_LINE, *_DISK)),
+    "checkpoint.directory": Rule(never=("megatron", "transformers", *_COMMAND_LINE)),
+    "checkpoint.huggingface": Rule(may=("checkpoint.directory",), never=("megatron", "transformers", *_COMMAND_LINE)),
+    "checkpoint.naming": Rule(never=("transformers", "safetensors", "megatron.core.parallel_state", *_COMMAND_LINE)),
+    "checkpoint.sharding": Rule(never=("transformers", "safetensors", "megatron.core.parallel_state", *_COMMAND_LINE)),
+    "checkpoint.megatron": Rule(
+        may=("checkpoint.directory", "checkpoint.naming", "checkpoint.sharding"),
+        never=("transformers", "safetensors", "megatron.core.parallel_state", *_COMMAND_LINE),
+    ),
+    "checkpoint": Rule(may=(*_MODEL, "tokenizer", "generation"), never=_COMMAND_LINE),
+    "tokenizer": Rule(never=("megatron", *_RANKS, *_COMMAND_LINE)),
+    "data": Rule(may=("tokenizer",), never=("safetensors", "megatron.core.parallel_state", *_COMMAND_LINE)),
+    "training.arguments": Rule(may=("data.arguments",), never=("torch", "megatron", "transformers", *_COMMAND_LINE)),
+    "training": Rule(
+        may=("data", "model", "layers", "backend", "family", "checkpoint.directory", "checkpoint.megatron"),
+        never=("transformers", "safetensors", *_COMMAND_LINE),
+    ),
+    "memory": Rule(never=("megatron", "transformers", *_COMMAND_LINE, *_DISK)),
+    "generation": Rule(may=("model", "layers", "backend"), never=("transformers", *_COMMAND_LINE, *_DISK)),
+    "evaluation": Rule(may=_EVERYTHING, never=_COMMAND_LINE),
+    "launch": Rule(may=(*_EVERYTHING, "generation", "evaluation", "memory")),
+    "__init__": Rule(may=("backend",), never=("torch", "megatron", "transformers")),
+    "__main__": Rule(may=("launch",)),
+}
+
+EXCEPTIONS = {
+    ("layers.rotary", "family"): "for the plain record Rope, which says what frequencies a model wants",
+    ("training.loop", "models"): "looks up the family that a checkpoint's own config names",
+    ("training.loop", "tokenizer"): "the datasets need the tokenizer's end-of-document id",
+}
+"""(module, imported part) -> why the table does not hold there. A row that is no longer needed fails the test."""
+
+
+def part_of(module: str) -> str | None:
+    """The row for a module's dotted name inside the package: its own or its nearest parent's."""
+    while module and module not in RULES:
+        module = module.rpartition(".")[0]
+    return module or None
+
+
+def imports(source: str) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything that a module imports; `from a import b` counts as `a.b`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What `module` (its dotted name inside the package) imports and may not, one line each."""
+    part = part_of(module)
+    if part is None:
+        return [f"{module}: no rule for this part; add a row to tests/guards/imports.py"]
+    problems = (_problem(module, part, name) for _, name in imports(source))
+    lines = (line for line, _ in imports(source))
+    return [f"{module}, line {line}: {problem}" for line, problem in zip(lines, problems, strict=True) if problem]
+
+
+def _problem(module: str, part: str, name: str) -> str | None:
+    if name.startswith("."):
+        return f"{name}: write imports in full"
+    if name == PACKAGE or name.startswith(PACKAGE + "."):
+        return _problem_inside(module, part, name.removeprefix(PACKAGE).lstrip("."))
+    rule = RULES[part]
+    return next((f"{part} may not know {bad} ({name})" for bad in rule.never if _within(name, bad)), None)
+
+
+def _problem_inside(module: str, part: str, name: str) -> str | None:
+    target = part_of(name)
+    if target is None:
+        return f"{name or PACKAGE}: import from the module that defines it, not from the front door"
+    if target == part or (module, target) in EXCEPTIONS:
+        return None
+    allowed = (*RULES[part].may, part)
+    return None if any(_within(name, one) for one in allowed) else f"{part} may not know {target} ({name})"
+
+
+def _within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def package_modules() -> Iterator[tuple[str, Path]]:
+    """Dotted name inside the package, and file, of every module."""
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
+        yield ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts), path
