@@ -56,6 +56,11 @@ RULES = {
     ),
     "memory": Rule(never=("megatron", "transformers", *_COMMAND_LINE, *_DISK)),
     "generation": Rule(may=("model", "layers", "backend"), never=("transformers", *_COMMAND_LINE, *_DISK)),
+    "generation.arguments": Rule(may=("checkpoint.directory", "generation.params"), never=("torch", "megatron", "transformers")),
+    "generation.text": Rule(
+        may=("generation", "tokenizer", "checkpoint.directory", "checkpoint.megatron", *_MODEL),
+        never=("transformers", *_COMMAND_LINE),
+    ),
     "evaluation": Rule(may=_EVERYTHING, never=_COMMAND_LINE),
     "launch": Rule(may=(*_EVERYTHING, "generation", "evaluation", "memory")),
     "__init__": Rule(may=("backend",), never=("torch", "megatron", "transformers")),

@@ -1,0 +1,40 @@
+"""`megatron-patch verify`: proof that two checkpoints are the same model.
+
+    megatron-patch verify --source MODEL_DIR --target CHECKPOINT_DIR
+    megatron-patch verify --nproc-per-node 2 --tensor-model-parallel-size 2 --source MODEL_DIR --target CHECKPOINT_DIR
+
+Parses, validates, runs and prints the report; all else is in `megatron_patch.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import tyro
+
+from megatron_patch.checkpoint.arguments import VerifyArgs
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code; what goes wrong is raised, a user's mistake as ValueError."""
+    args = tyro.cli(VerifyArgs, args=argv, prog="megatron-patch verify", config=(tyro.conf.FlagCreatePairsOff,))
+    args.validate()
+    import torch
+
+    from megatron_patch.checkpoint import console
+    from megatron_patch.checkpoint.verify import Bounds, verify
+    from megatron_patch.training.initialize import parallel
+
+    with parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size):
+        report = verify(
+            args.source,
+            args.target,
+            texts=args.texts(),
+            max_tokens=args.max_tokens,
+            dtype=getattr(torch, args.dtype),
+            bounds=Bounds(args.max_abs, args.loss, args.top1),
+        )
+        is_first = torch.distributed.get_rank() == 0
+    if is_first:
+        console.show_verification(report)
+        if args.json:
+            console.write_json(report, args.json)
+    return 0 if report.ok else 1
