@@ -19,12 +19,12 @@ from megatron_patch.weights import Rule
 # Fields of any Hugging Face config that do not change what the model computes.
 # fmt: off
 _INERT = frozenset({
-    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "id2label", "label2id",
-    "num_labels", "problem_type", "task_specific_params", "tokenizer_class", "return_dict", "output_attentions",
-    "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder", "auto_map",
-    "gradient_checkpointing", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset",
-    "prefix", "finetuning_task", "transformers.js_config", "name_or_path",
+    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
+    "_model_name_or_path", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+    "unk_token_id", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "tokenizer_class",
+    "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder",
+    "is_decoder", "auto_map", "gradient_checkpointing", "_attn_implementation", "attn_implementation",
+    "_attn_implementation_autoset", "prefix", "finetuning_task", "transformers.js_config", "name_or_path",
 })
 # fmt: on
 

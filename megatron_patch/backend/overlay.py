@@ -16,6 +16,7 @@ Nothing global is patched: ``torch`` itself, and every other library in the proc
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.abc import MetaPathFinder
@@ -68,7 +69,10 @@ class _CoreLoader(SourceFileLoader):
         return code and translate(code)
 
     def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
+        with warnings.catch_warnings():
+            # Every process would repeat what `megatron-patch doctor` says once.
+            warnings.filterwarnings("ignore", "(Transformer Engine and )?Apex (are|is) not installed", UserWarning)
+            super().exec_module(module)
         import torch
 
         if module.__dict__.get("torch") is torch:

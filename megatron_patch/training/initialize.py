@@ -6,6 +6,7 @@ NCCL with CUDA and gloo without; alone it is a world of one. It knows no models,
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ def initialize(
     Raises:
         ValueError: the number of processes is no multiple of tensor x pipeline parallel size.
     """
+    # It announces that it is off, which it always is here.
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     if not dist.is_initialized():
         _join(timedelta(minutes=timeout_minutes))
     world, model = dist.get_world_size(), tensor_model_parallel_size * pipeline_model_parallel_size
