@@ -119,19 +119,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         convert(args.model, f"{place}/megatron")
         steps = {"megatron-patch": ours(args, Path(place) / "megatron"), "transformers": transformers_loop(args)}
-        times: dict[str, list[float]] = {name: [] for name in steps}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
         for _ in range(args.steps + 1):
             losses = {}
             for name, step in steps.items():
-                begin = time.perf_counter()
+                wall, cpu = time.perf_counter(), time.process_time()
                 losses[name] = step()
-                times[name].append(time.perf_counter() - begin)
-            print(" | ".join(f"{n} {times[n][-1]:.2f} s, loss {losses[n]:.5f}" for n in steps), flush=True)
-    ratios = [b / a for a, b in zip(times["megatron-patch"][1:], times["transformers"][1:], strict=True)]
+                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+            print(" | ".join(f"{n} {times[n][-1][0]:.2f} s, loss {losses[n]:.5f}" for n in steps), flush=True)
+    _report(args, {name: values[1:] for name, values in times.items()})
+
+
+def _report(args: Args, times: dict[str, list[tuple[float, float]]]) -> None:
     tokens = args.micro_batch_size * args.num_microbatches * args.seq_length
     for name, values in times.items():
-        print(f"{name:>15}: median {median(values[1:]):.3f} s a step, {tokens / median(values[1:]):,.0f} tokens/s")
-    print(f"{'ratio':>15}: median {median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})")
+        wall, cpu = (median(column) for column in zip(*values, strict=True))
+        print(f"{name:>15}: median {wall:.3f} s a step ({cpu:.3f} s of CPU), {tokens / wall:,.0f} tokens/s")
+    for column, kind in enumerate(("wall", "CPU")):
+        pairs = zip(times["transformers"], times["megatron-patch"], strict=True)
+        ratios = [theirs[column] / ours[column] for theirs, ours in pairs]
+        print(f"{'ratio, ' + kind:>15}: median {median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})")
 
 
 if __name__ == "__main__":

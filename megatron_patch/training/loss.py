@@ -31,8 +31,9 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
 def masked_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the losses of the positions that count.
 
-    The division by the number of tokens happens once, over the whole global batch (``calculate_per_token_loss`` of
-    megatron-core), so that neither micro-batch size nor data parallelism changes what a token weighs.
+    megatron-core divides: once by the number of tokens of the whole global batch (``calculate_per_token_loss``), so
+    that neither micro-batch size nor data parallelism changes what a token weighs; or, where every position counts,
+    each micro-batch by its own, which then is the same.
 
     Args:
         mask: [b, s], 1 where a position counts.

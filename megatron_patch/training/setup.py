@@ -77,7 +77,8 @@ def _config(args: PretrainArgs, architecture: Architecture) -> TransformerConfig
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         sequence_parallel=args.sequence_parallel,
-        calculate_per_token_loss=True,
+        # Where every position counts, dividing each micro-batch's loss is the same and spares a pass over gradients.
+        calculate_per_token_loss=args.eod_mask_loss,
         **_recompute(args),
     )
 

@@ -39,6 +39,17 @@ def test_losses_and_norms_do_not_depend_on_the_layout(layout: str, run: Callable
         assert found == pytest.approx(expected, rel=1e-5), name
 
 
+@pytest.mark.parametrize("layout", ["DP2", "micro batches of 4", "PP2"])
+def test_a_token_weighs_the_same_wherever_it_lies_when_some_are_masked(
+    layout: str, run: Callable[..., Path], plain: Path
+) -> None:
+    world_size, changes = LAYOUTS[layout]
+    expected, found = run(1, eod_mask_loss=True), run(world_size, eod_mask_loss=True, **changes)
+    for name in ("loss", "grad_norm"):
+        assert curve(found, name) == pytest.approx(curve(expected, name), rel=1e-5), name
+        assert curve(expected, name) != pytest.approx(curve(plain, name), rel=1e-5), name
+
+
 def test_training_learns(plain: Path) -> None:
     losses = curve(plain, "validation_loss")
     assert losses[-1] < losses[0] - 0.3
