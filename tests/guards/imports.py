@@ -56,7 +56,9 @@ RULES = {
     ),
     "memory": Rule(never=("megatron", "transformers", *_COMMAND_LINE, *_DISK)),
     "generation": Rule(may=("model", "layers", "backend"), never=("transformers", *_COMMAND_LINE, *_DISK)),
-    "generation.arguments": Rule(may=("checkpoint.directory", "generation.params"), never=("torch", "megatron", "transformers")),
+    "generation.arguments": Rule(
+        may=("checkpoint.directory", "generation.params"), never=("torch", "megatron", "transformers")
+    ),
     "generation.text": Rule(
         may=("generation", "tokenizer", "checkpoint.directory", "checkpoint.megatron", *_MODEL),
         never=("transformers", *_COMMAND_LINE),
