@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_patch.backend.core_versions import submodules
 from megatron_patch.family import Architecture
 from megatron_patch.layers.attention import SDPAttention
+from megatron_patch.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_patch.layers.norm import LayerNorm, RMSNorm
 from megatron_patch.layers.rotary import Rotary, attention_factor
 
@@ -110,7 +111,7 @@ def _softmax_scale(architecture: Architecture) -> float | None:
 
 
 def layer_spec(architecture: Architecture, config: TransformerConfig) -> ModuleSpec:
-    """megatron-core's local layer with our norm, our core attention and the family's swaps."""
+    """megatron-core's local layer with our norm, linears and core attention, and the family's swaps."""
     spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     layer = submodules(spec)
@@ -119,6 +120,9 @@ def layer_spec(architecture: Architecture, config: TransformerConfig) -> ModuleS
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm
     attention.core_attention = SDPAttention
+    mlp = submodules(layer.mlp)
+    attention.linear_qkv = mlp.linear_fc1 = ColumnParallelLinear
+    attention.linear_proj = mlp.linear_fc2 = RowParallelLinear
     for swap in architecture.swaps:
         *path, last = swap.at.split(".")
         owner = layer

@@ -68,6 +68,7 @@ class SDPAttention(MegatronModule):
         allowed = None if attention_mask is None else ~attention_mask
         causal = allowed is None and (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         if self.kv_cache is not None:
+            query, key = self.kv_cache.rotate(query), self.kv_cache.rotate(key)
             key, value, allowed = self.kv_cache.update(self.layer_number, key, value)
             causal = allowed is None and query.shape[2] > 1
         context_BHSD = self._attend(query, key, value, allowed, causal)

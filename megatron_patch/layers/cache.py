@@ -33,16 +33,13 @@ class KVCache:
         self._memory: dict[int, tuple[Tensor, Tensor]] = {}
         self._new = 0
         self._mask: Tensor | None = None
+        self._cos: Tensor | None = None
+        self._sin: Tensor | None = None
 
     @contextmanager
-    def step(self, model: torch.nn.Module, num_new: int) -> Iterator[None]:
-        """Let `model` process `num_new` tokens a row: inside, its attention and rotary modules work on this cache."""
-        if self.length + num_new > self.num_slots:
-            raise ValueError(
-                f"the cache has {self.num_slots} slots; {self.length} are used and {num_new} more are asked for"
-            )
+    def attached(self, model: torch.nn.Module) -> Iterator[None]:
+        """Inside, the attention and rotary modules of `model` work on this cache."""
         users = [module for module in model.modules() if hasattr(module, "kv_cache")]
-        self._new, self._mask = num_new, self._attention_mask(num_new)
         for module in users:
             module.kv_cache = self
         try:
@@ -50,12 +47,43 @@ class KVCache:
         finally:
             for module in users:
                 module.kv_cache = None
+
+    @contextmanager
+    def step(self, num_new: int) -> Iterator[None]:
+        """Let the model, to which the cache is attached, process `num_new` tokens a row."""
+        if self.length + num_new > self.num_slots:
+            raise ValueError(
+                f"the cache has {self.num_slots} slots; {self.length} are used and {num_new} more are asked for"
+            )
+        self._new, self._mask = num_new, self._attention_mask(num_new)
+        yield
         self.length += num_new
 
     def positions_SB(self) -> Tensor:
         """Position of each new token in its own row, from 0 (padding counts as 0)."""
         slots = self._slots[self.length : self.length + self._new]
         return (slots[:, None] - self.padding_B).clamp(min=0)
+
+    def set_rotation(self, angles_SBD: Tensor) -> None:
+        """Take the rotary angles of the new positions; both halves of the channels have the same."""
+        angles = angles_SBD.transpose(0, 1)[:, None]
+        half = angles.shape[-1] // 2
+        self._cos, sin = angles.cos(), angles.sin()
+        self._sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+
+    def rotate(self, states_BHSD: Tensor) -> Tensor:
+        """Rotate queries or keys as megatron-core does, ``x cos + (-x2, x1) sin``; cos and sin are made once a step."""
+        if self._cos is None or self._sin is None:
+            return states_BHSD
+        if self._cos.dtype != states_BHSD.dtype:
+            self._cos, self._sin = self._cos.to(states_BHSD.dtype), self._sin.to(states_BHSD.dtype)
+        dim = self._cos.shape[-1]
+        if dim < states_BHSD.shape[-1]:
+            return torch.cat((self._turn(states_BHSD[..., :dim]), states_BHSD[..., dim:]), dim=-1)
+        return self._turn(states_BHSD)
+
+    def _turn(self, states_BHSD: Tensor) -> Tensor:
+        return torch.addcmul(states_BHSD * self._cos, states_BHSD.roll(self._cos.shape[-1] // 2, -1), self._sin)
 
     def update(self, layer: int, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store the new keys and values of a layer.

@@ -44,10 +44,13 @@ class Rotary(torch.nn.Module):
         stretch = 1.0 if "original_max_position_embeddings" in p else p.get("factor", 1.0)
         return int(self.rope.max_position_embeddings * stretch)
 
-    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
-        """Angles [S, 1, 1, dim] of positions 0 to `max_seq_len`, or [S, B, 1, dim] of the cache's new positions."""
+    def forward(
+        self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
+    ) -> Tensor | None:
+        """Angles [S, 1, 1, dim] of positions 0 to `max_seq_len`; None with a cache, which then rotates by itself."""
         if self.kv_cache is not None:
-            return self._angles(self.kv_cache.positions_SB())
+            self.kv_cache.set_rotation(self._angles(self.kv_cache.positions_SB())[:, :, 0])
+            return None
         if self._last is None or self._last[0] != max_seq_len:
             positions = torch.arange(max_seq_len, device=_device())[:, None]
             self._last = (max_seq_len, self._angles(positions))
@@ -58,7 +61,11 @@ class Rotary(torch.nn.Module):
         return torch.cat((half, half), dim=-1)[:, :, None]
 
     def _frequencies(self, positions_SB: Tensor) -> Tensor:
-        """Inverse frequencies [dim / 2]; [B, dim / 2] for the dynamic type, each row by its own length."""
+        """Inverse frequencies [dim / 2]; [B, dim / 2] for the dynamic type, each row by its own length.
+
+        Cached keys keep the frequencies of the step that made them, as in transformers. Unlike there, neither longer
+        rows of the batch nor earlier texts matter: every row gets what transformers gives it alone in a fresh model.
+        """
         if self.rope.rope_type == "dynamic":
             lengths = (positions_SB[-1] + 1).tolist()
             frequencies = torch.stack([inverse_frequencies(self.rope, self.dim, length) for length in lengths])

