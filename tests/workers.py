@@ -18,6 +18,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -67,6 +68,7 @@ def _worker(connection: Connection, stack_file: Path) -> None:
     import megatron_patch.backend
 
     torch.set_num_threads(1)
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     faulthandler.register(signal.SIGUSR1, file=stack_file.open("w"), all_threads=False)
     # What megatron-core says while it is imported (no Transformer Engine, no apex) is true of every test: say it never.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
@@ -78,6 +80,13 @@ def _worker(connection: Connection, stack_file: Path) -> None:
             return
         sys.path[:] = path  # test modules are found where pytest found them
         connection.send_bytes(_answer(payload))
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when pytest is gone: a worker that waits for its peers in a collective never reads its pipe."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _answer(payload: bytes) -> bytes:

