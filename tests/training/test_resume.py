@@ -126,10 +126,10 @@ def test_a_run_killed_at_any_moment_leaves_a_good_checkpoint_and_resumes(
     seed: int, workplace: Path, plain: Path, tmp_path: Path
 ) -> None:
     command = _command(workplace, tmp_path)
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
         _wait_for(tmp_path / "latest_checkpointed_iteration.txt", process)
         time.sleep(random.Random(seed).uniform(0, 0.4))  # saving after every iteration, it is mostly saving
-        process.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # core's writer processes too
     _, reached = latest(tmp_path)
     assert reached is not None and 1 <= reached < 20
     subprocess.run(command, check=True, capture_output=True)
@@ -149,7 +149,7 @@ def _command(workplace: Path, save: Path) -> list[str]:
 
 
 def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
