@@ -5,6 +5,7 @@ It knows the family record, the backend's choices and megatron-core: no argument
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -66,7 +67,10 @@ def transformer_config(
         **architecture.config,
         **layout,
     }
-    return TransformerConfig(**fields)
+    with warnings.catch_warnings():
+        # About core's own default for CUDA graphs, which nobody here has asked for.
+        warnings.filterwarnings("ignore", "full scope is deprecated", UserWarning)
+        return TransformerConfig(**fields)
 
 
 _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
