@@ -168,6 +168,7 @@ def _tokenized(batches: Iterator[_Batch], job: _Job, workers: int) -> Iterator[t
     """Every batch with its result, in order, with a bounded number of batches under way."""
     pending: deque[tuple[_Batch, Future[_Result]]] = deque()
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job,))
     try:
         for batch in batches:
@@ -176,6 +177,11 @@ def _tokenized(batches: Iterator[_Batch], job: _Job, workers: int) -> Iterator[t
                 yield _oldest(pending)
         while pending:
             yield _oldest(pending)
+    except ChildProcessError:
+        # The pool ends its workers itself, but waits for ever for one that it was starting when another died.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
