@@ -53,8 +53,8 @@ def set_up(args: PretrainArgs) -> Run:
     config = _config(args, architecture)
     bare = build_model(architecture, config, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by)
     bare.to(device())
-    resumes = args.hf_config is None and _holds_training_state(source) and not args.finetune
-    if args.hf_config is None and not resumes:
+    resumes = _resumes(args, source)
+    if layout.is_megatron(source) and not resumes:
         load_weights([bare], source)
     model = [wrap(bare, config, args)]
     optimizer, scheduler = build_optimizer(args, derived, config, model)
@@ -90,8 +90,10 @@ def _source(args: PretrainArgs) -> str:
     return args.load or args.hf_config or ""
 
 
-def _holds_training_state(root: str) -> bool:
-    return layout.latest(root)[1] is not None
+def _resumes(args: PretrainArgs, source: str) -> bool:
+    # --finetune and --hf-config say how a run begins, not how it goes on.
+    begun = layout.is_megatron(source) and layout.latest(source)[1] is not None
+    return begun and (source == args.save or not args.finetune)
 
 
 def _recompute(args: PretrainArgs) -> dict[str, Any]:

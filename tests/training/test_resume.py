@@ -109,6 +109,20 @@ def test_finetune_takes_the_weights_and_nothing_else(run: Callable[..., Path], p
     assert curve(save, "validation_loss")[0] == pytest.approx(curve(plain, "validation_loss")[-1], rel=1e-6)
 
 
+@pytest.mark.parametrize("how", ["finetune", "hf_config"])
+def test_a_run_that_began_anew_resumes_when_its_command_is_given_again(
+    how: str, run: Callable[..., Path], pool: Any, workplace: Path, plain: Path, tmp_path: Path
+) -> None:
+    begin = (
+        dict(load=str(plain), finetune=True) if how == "finetune" else dict(load=None, hf_config=str(workplace / "hf"))
+    )
+    whole = run(1, **begin)
+    args = arguments(workplace, tmp_path, **begin)
+    assert pool.run(stop_at, 1, args, 10) == [10]
+    assert pool.run(train, 1, args) == [20]
+    assert curve(tmp_path, "loss") == curve(whole, "loss")
+
+
 def test_another_kind_of_optimizer_is_refused_by_name(run: Callable[..., Path], plain: Path) -> None:
     with pytest.raises(AssertionError, match="--use-distributed-optimizer"):
         run(1, load=str(plain), use_distributed_optimizer=True, train_iters=30)
