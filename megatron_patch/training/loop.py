@@ -63,6 +63,7 @@ def pretrain(args: PretrainArgs) -> Progress:
 def _train(run: Run, train_data: Any, valid_data: Any, stop: _StopSignal) -> None:
     args, progress = run.args, run.progress
     if progress.iteration >= run.plan.train_iters:
+        _say(run, f"nothing to do: iteration {progress.iteration} of {run.plan.train_iters} is reached already")
         return
     data = _batches(run, train_data, progress.consumed_samples)
     window = _Window(run)
