@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from megatron_patch.weights import Rule
+from megatron_patch.weights import Rule, fill
 
 # Fields of any Hugging Face config that do not change what the model computes.
 # fmt: off
@@ -27,6 +27,10 @@ _INERT = frozenset({
     "_attn_implementation_autoset", "prefix", "finetuning_task", "transformers.js_config", "name_or_path",
 })
 # fmt: on
+
+
+EMBEDDING = "embedding.word_embeddings.weight"
+"""The embedding's internal name."""
 
 
 class HFConfig:
@@ -115,6 +119,15 @@ class Family:
     tied_weights: tuple[str, ...] = ()
     """Checkpoint tensors that merely repeat the embedding when it is tied."""
 
+    repeated_weights: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Checkpoint tensors of each multi-token prediction layer that merely repeat another: their pattern -> its name."""
+
+    quantized: Callable[[HFConfig], str] = lambda hf: ""
+    """Why the weights of this config are in no format that can be converted, although its model can be planned."""
+
+    unproven: str = ""
+    """Why weights of this family may be planned (a dry run) but not yet converted; empty where they may be both."""
+
     def describe(self, values: Mapping[str, Any]) -> Architecture:
         """Translate a config.json.
 
@@ -132,6 +145,7 @@ class Family:
             rope=self.rope(hf),
             tied=self.tied(hf),
             swaps=tuple(swap for swap in self.swaps if swap.when(hf)),
+            plan_only="; ".join(filter(None, (self.unproven, self.quantized(hf)))),
         )
         self._refuse_unknown(hf)
         return architecture
@@ -159,6 +173,8 @@ class Architecture:
     rope: Rope | None
     tied: bool
     swaps: tuple[Swap, ...]
+    plan_only: str = ""
+    """Why this model may be planned (a dry run) but its weights not be converted; empty where they may."""
 
     @property
     def num_attention_heads(self) -> int:
@@ -171,6 +187,28 @@ class Architecture:
     @property
     def kv_channels(self) -> int:
         return self.config["kv_channels"]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the decoder, without those for multi-token prediction."""
+        return self.config["num_layers"]
+
+    @property
+    def moe_layers(self) -> tuple[bool, ...]:
+        """Which of the decoder's layers are mixtures of experts."""
+        pattern = self.config.get("moe_layer_freq", [1] * self.num_layers)
+        return tuple(bool(self.config.get("num_moe_experts") and layer) for layer in pattern)
+
+    @property
+    def repeats(self) -> dict[str, str]:
+        """Hugging Face tensors that can only repeat another one -> that one."""
+        embedding = next(rule.hf[0] for rule in self.family.weights if rule.internal == EMBEDDING)
+        extra = range(self.config.get("mtp_num_layers") or 0)
+        return dict.fromkeys(self.family.tied_weights if self.tied else (), embedding) | {
+            fill(pattern, [layer], self.num_layers): original
+            for pattern, original in self.family.repeated_weights.items()
+            for layer in extra
+        }
 
 
 # ------------------------------------------------------------------------------------------ pieces that families share
@@ -189,7 +227,7 @@ _ROPE_OPTIONAL: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def rope_from_config(hf: HFConfig) -> Rope:
+def rope_from_config(hf: HFConfig, default_theta: float = 10000.0) -> Rope:
     """Read ``rope_parameters`` (transformers 5), or ``rope_theta`` with ``rope_scaling`` (before).
 
     Raises:
@@ -198,7 +236,7 @@ def rope_from_config(hf: HFConfig) -> Rope:
     given = {**hf.get("rope_scaling", {}), **hf.get("rope_parameters", {})}
     legacy = given.pop("type", None)
     kind = given.pop("rope_type", None) or legacy or "default"
-    theta = given.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
+    theta = given.pop("rope_theta", None) or hf.get("rope_theta", default_theta)
     hf.get("rope_theta")
     if kind not in _ROPE_REQUIRED:
         raise ValueError(f"config.json: rope_type={kind!r} is not supported; choose one of {', '.join(_ROPE_REQUIRED)}")

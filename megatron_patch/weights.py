@@ -1,9 +1,10 @@
 """Reversible weight rules: how Hugging Face tensors become internal tensors, and back.
 
-An *internal* tensor carries megatron-core's local parameter name, whole (TP1 PP1) and without vocabulary padding. A
-rule names one internal tensor and the Hugging Face tensors it is made of; ``*`` stands for a layer number. Both
-directions are written on the rule, so the other half of a weight map is never maintained by hand. `claim` matches
-rules with the parameters that a model really has: every parameter must be claimed by exactly one rule.
+An *internal* tensor carries megatron-core's local parameter name, whole (TP1 PP1 EP1) and without vocabulary padding.
+A rule names one internal tensor and the Hugging Face tensors it is made of; ``*`` stands for a running number (of a
+layer, of an expert), and ``+*`` in a Hugging Face name for one that counts on after the decoder's layers. Both
+directions are written on the rule, so the other half of a weight map is never maintained by hand. `claim` matches rules
+with the parameters that a model really has: every parameter must be claimed by exactly one rule.
 
 This file knows tensors and names only: no families, no megatron, no disk, no ranks.
 """
@@ -36,7 +37,7 @@ class Rule(ABC):
     """Internal name, ``*`` for each running number."""
 
     hf: tuple[str, ...]
-    """Hugging Face names in the order the rule wants them, with as many ``*``."""
+    """Hugging Face names in the order the rule wants them, with as many ``*`` or ``+*``."""
 
     def __init__(self, internal: str, *hf: str) -> None:
         object.__setattr__(self, "internal", internal)
@@ -112,18 +113,23 @@ class Claim:
         return tuple(tuple(t.shape) for t in self.rule.to_hf(torch.empty(self.shape, device="meta"), heads))
 
 
-def claim(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Claim, ...]:
+def claim(
+    rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]], num_layers: int | None = None
+) -> tuple[Claim, ...]:
     """Bind rules to a model's internal tensors, in the model's order.
 
     Args:
         rules: a family's rules; those without a tensor in this model (say, biases it does not have) stay unused.
         shapes: internal name -> shape, for every parameter of the model.
+        num_layers: of the decoder; needed where a rule counts on after them.
 
     Raises:
         ValueError: a parameter that no rule or more than one rule claims, or a Hugging Face tensor claimed twice.
     """
-    patterns = [(rule, re.compile(re.escape(rule.internal).replace(r"\*", r"(\d+)"))) for rule in rules]
-    claims = tuple(_claim_one(name, tuple(shape), patterns) for name, shape in shapes.items())
+    by_name: dict[str, list[Rule]] = {}
+    for rule in rules:
+        by_name.setdefault(rule.internal, []).append(rule)
+    claims = tuple(_claim_one(name, tuple(shape), by_name, num_layers) for name, shape in shapes.items())
     owner: dict[str, str] = {}
     for one in claims:
         for source in one.hf:
@@ -132,15 +138,20 @@ def claim(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> tuple
     return claims
 
 
-def _claim_one(name: str, shape: tuple[int, ...], patterns: list[tuple[Rule, re.Pattern[str]]]) -> Claim:
-    hits = [(rule, match.groups()) for rule, pattern in patterns if (match := pattern.fullmatch(name))]
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_PLACE = re.compile(r"(\+?)\*")
+
+
+def _claim_one(name: str, shape: tuple[int, ...], by_name: Mapping[str, list[Rule]], num_layers: int | None) -> Claim:
+    numbers = _NUMBER.findall(name)
+    hits = [*by_name.get(_NUMBER.sub("*", name), ()), *(by_name.get(name, ()) if numbers else ())]
     if len(hits) != 1:
-        claimants = ", ".join(rule.internal for rule, _ in hits) or "none"
+        claimants = ", ".join(rule.internal for rule in hits) or "none"
         raise ValueError(f"parameter {name} must be claimed by exactly one weight rule; claimed by: {claimants}")
-    rule, numbers = hits[0]
-    return Claim(name, tuple(_fill(source, numbers) for source in rule.hf), rule, shape)
+    return Claim(name, tuple(fill(source, numbers, num_layers) for source in hits[0].hf), hits[0], shape)
 
 
-def _fill(pattern: str, numbers: Sequence[str]) -> str:
+def fill(pattern: str, numbers: Iterable[str | int], num_layers: int | None = None) -> str:
+    """A name from its pattern: running numbers for ``*``, and for ``+*`` numbers that go on after `num_layers`."""
     remaining = iter(numbers)
-    return re.sub(r"\*", lambda _: next(remaining), pattern)
+    return _PLACE.sub(lambda m: str(int(next(remaining)) + (num_layers if m[1] else 0)), pattern)

@@ -1,4 +1,4 @@
-"""Tiny random models and tokens that many tests share: Hugging Face Llamas of every variant; no value is 0 or 1."""
+"""Tiny random models and tokens that many tests share: Llamas of every variant, and mixtures of experts."""
 
 from __future__ import annotations
 
@@ -53,6 +53,58 @@ def hf_llama(seed: int = 0, **changes: Any) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.12)
+    return model
+
+
+_MIXTRAL: dict[str, Any] = {**BASE, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2}
+
+_DEEPSEEK: dict[str, Any] = dict(
+    vocab_size=200,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    max_position_embeddings=64,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=10,
+    first_k_dense_replace=1,
+    moe_intermediate_size=32,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    n_group=4,
+    topk_group=2,
+    num_experts_per_tok=4,
+    num_nextn_predict_layers=0,
+)
+
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral": dict(model_type="mixtral", **_MIXTRAL),
+    "mixtral_4_top_3": dict(model_type="mixtral", **{**_MIXTRAL, "num_local_experts": 4, "num_experts_per_tok": 3}),
+    "deepseek": dict(model_type="deepseek_v3", **_DEEPSEEK),
+    "deepseek_yarn": dict(
+        model_type="deepseek_v3",
+        **_DEEPSEEK,
+        **_rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.7),
+    ),
+    "deepseek_plain_query": dict(model_type="deepseek_v3", **{**_DEEPSEEK, "q_lora_rank": None}),
+}
+
+
+def hf_moe(variant: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A random mixture of experts in fp32, eval mode; norms and biases are random too, and the router has clear
+    preferences: no rounding error changes an expert."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**MOE[variant], **changes})).eval()
+    with torch.no_grad():
+        for name, values in [*model.named_parameters(), *model.named_buffers()]:
+            if "inv_freq" not in name:
+                values.normal_(1.0 if "norm" in name else 0.0, 0.5 if "gate.weight" in name else 0.12)
     return model
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,3 +13,8 @@ from typing import Any
 def submodules(spec: Any) -> Any:
     """The submodules record of a spec, whichever way this release spells it."""
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
+
+
+def with_module(spec: Any, module: type) -> Any:
+    """The same spec, but of another class."""
+    return partial(module, *spec.args, **spec.keywords) if isinstance(spec, partial) else replace(spec, module=module)

@@ -128,6 +128,10 @@ def _cuda_on_cpu() -> dict[str, Any]:
     def nothing(*_args: Any, **_kwargs: Any) -> None:
         return None
 
+    class Stream(torch.cpu.Stream):
+        def record_event(self) -> torch.cpu.Event:  # torch's own returns None, which nobody can wait for
+            return torch.cpu.Event()
+
     return dict(
         current_device=lambda: torch.device("cpu"),
         synchronize=nothing,
@@ -135,7 +139,7 @@ def _cuda_on_cpu() -> dict[str, Any]:
         get_rng_state=lambda *_: torch.get_rng_state(),
         set_rng_state=lambda state, *_: torch.set_rng_state(state),
         manual_seed=torch.manual_seed,
-        Stream=torch.cpu.Stream,
+        Stream=Stream,
         stream=lambda *_: nullcontext(),
         current_stream=torch.cpu.current_stream,
         default_stream=torch.cpu.current_stream,
@@ -179,9 +183,47 @@ def _scaling_in_place(utils: ModuleType) -> None:
     utils.local_multi_tensor_scale = local_multi_tensor_scale
 
 
+def _splits_on_cpu(moe_utils: ModuleType) -> None:
+    import torch
+
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # core turns split sizes into numbers as they leave the GPU, and hands gloo tensors if they never were there.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _uneven_on_gloo(mappings: ModuleType) -> None:
+    """Gathering and reduce-scattering of parts that differ in length, which gloo refuses: pad all to the longest."""
+    import torch
+
+    even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def pad(part: Any, length: int) -> Any:
+        return torch.cat((part, part.new_zeros(length - len(part), *part.shape[1:])))
+
+    def gather(input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return even_gather(input_, group, None, use_global_buffer)
+        longest = max(1, *output_split_sizes)
+        parts = even_gather(pad(input_, longest), group).split(longest)
+        return torch.cat([part[:length] for part, length in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter(input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return even_scatter(input_, group, None, use_global_buffer)
+        longest = max(1, *input_split_sizes)
+        parts = torch.cat([pad(part, longest) for part in input_.split(input_split_sizes)])
+        return even_scatter(parts, group)[: input_split_sizes[group.rank()]]
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
+
+
 _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.jit": _disable_compilation,
     "megatron.core.tensor_parallel.random": _rng_on_cpu,
     "megatron.core.optimizer.grad_scaler": _scaler_on_cpu,
     "megatron.core.utils": _scaling_in_place,
+    "megatron.core.transformer.moe.moe_utils": _splits_on_cpu,
+    "megatron.core.tensor_parallel.mappings": _uneven_on_gloo,
 }

@@ -38,7 +38,13 @@ class KVCache:
 
     @contextmanager
     def attached(self, model: torch.nn.Module) -> Iterator[None]:
-        """Inside, the attention and rotary modules of `model` work on this cache."""
+        """Inside, the attention and rotary modules of `model` work on this cache.
+
+        Raises:
+            ValueError: the model has latent attention, whose own rotary embedding does not know a token's position.
+        """
+        if getattr(getattr(model, "config", None), "multi_latent_attention", False):
+            raise ValueError("multi_latent_attention=True: generation with a cache does not support it yet")
         users = [module for module in model.modules() if hasattr(module, "kv_cache")]
         for module in users:
             module.kv_cache = self

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_patch.family import Family
+from megatron_patch.models.deepseek import DEEPSEEK
 from megatron_patch.models.llama import LLAMA
+from megatron_patch.models.mixtral import MIXTRAL
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+FAMILIES: tuple[Family, ...] = (LLAMA, MIXTRAL, DEEPSEEK)
 
 
 def family_for(config: Mapping[str, Any]) -> Family:
