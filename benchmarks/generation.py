@@ -45,7 +45,7 @@ def ours(args: Args, root: str) -> Generate:
     """Our engine on a checkpoint converted from the model."""
     import torch
 
-    from megatron_patch.checkpoint.verify import load_model
+    from megatron_patch.checkpoint.logits import load_model
     from megatron_patch.generation.engine import generate
 
     (model,) = load_model(root, torch.float32)

@@ -1,4 +1,4 @@
-"""How a conversion and a verification look on a console: progress, and reports as tables. It decides nothing."""
+"""How conversions, plans and verifications look on a console: progress, and reports as tables and JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from megatron_patch.checkpoint.convert import Report
-from megatron_patch.checkpoint.directory import write_text
-from megatron_patch.checkpoint.verify import VerifyReport
+from megatron_patch.checkpoint.arguments import ConvertArgs
+from megatron_patch.checkpoint.convert import Plan, Report
+from megatron_patch.checkpoint.directory import is_huggingface, write_text
+from megatron_patch.checkpoint.dry_run import as_json, dry_run, rows
+from megatron_patch.checkpoint.verify import VerifyReport, verify
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -48,14 +51,76 @@ class ProgressBar:
 def show_conversion(report: Report) -> None:
     """Print what a conversion did."""
     table = Table("convert", f"{report.source} -> {report.target}")
+    table.add_row("formats", f"{report.source_kind} -> {report.target_kind}")
     table.add_row("family", report.family)
     table.add_row("parameters", f"{report.parameters:,} in {report.tensors} Hugging Face tensors")
     table.add_row("dtype", _count(report.dtypes))
+    if report.casts:
+        table.add_row("cast", _count(report.casts) + ", as asked for")
     if report.ignored:
         table.add_row("left out", f"{len(report.ignored)} that are no parameters, such as {report.ignored[0]}")
+    for name, count in report.nonfinite.items():
+        table.add_row("[red]NaN or infinite", f"{count} values of {name}")
+    if report.resumed:
+        table.add_row("resumed", f"{report.resumed} tensors were done already")
     rate = report.nbytes / max(report.seconds, 1e-9) / 1e6
     table.add_row("size, time", f"{report.nbytes / 1e6:,.1f} MB in {report.seconds:.1f} s ({rate:,.0f} MB/s)")
     Console().print(table)
+
+
+def finish_conversion(report: Report, args: ConvertArgs) -> int:
+    """Print the report, write it where that was asked for, and verify if so; returns the exit code."""
+    show_conversion(report)
+    if args.json:
+        write_json(report, args.json)
+    if not args.verify:
+        return 0
+    both = args.hf_config, args.trust_pickle
+    reports = [verify(args.source, args.target, "checksums", hf_config=both[0], trust_pickle=both[1])]
+    if is_huggingface(args.source) != is_huggingface(args.target):
+        reports.append(verify(args.source, args.target, "logits", hf_config=both[0], trust_pickle=both[1]))
+    for one in reports:
+        show_verification(one)
+    return 0 if all(one.ok for one in reports) else 1
+
+
+_ROWS = 12
+"""Tensors of a plan that are printed; all of them are in the JSON file."""
+
+
+def show_plan(plan: Plan, args: ConvertArgs) -> None:
+    """Print what a conversion would do; write all of it where that was asked for."""
+    summary, console = dry_run(plan, args.disk_speed), Console()
+    table = Table("dry run", f"{summary.source} -> {args.target}")
+    table.add_row("formats", f"{summary.source_kind} -> {summary.target_kind}")
+    table.add_row("family", summary.family + (f" (not for real: {summary.obstacle})" if summary.obstacle else ""))
+    table.add_row("parameters", f"{summary.parameters:,} in {len(plan.target.infos):,} tensors")
+    table.add_row("read, write", f"{summary.read_bytes / 1e9:,.1f} GB, {summary.write_bytes / 1e9:,.1f} GB")
+    table.add_row("files", _span("file", summary.files))
+    if summary.ranks:
+        table.add_row("each rank", _span("rank", summary.ranks))
+    table.add_row(
+        "peak memory", f"{summary.peak_bytes / 2**20:,.0f} MiB a process, at most (largest: {summary.largest})"
+    )
+    table.add_row("time", f"{_duration(summary.seconds)} at {args.disk_speed}/s")
+    console.print(table)
+    for row in islice(rows(plan), _ROWS):
+        more = f" and {len(row.parts) - 1} more" if len(row.parts) > 1 else ""
+        print(f"{row.name}  {row.dtype} {list(row.shape)}  {row.nbytes:,} bytes")
+        print(f"    {row.rule} of {row.source} -> {row.parts[0][0]}{more}")
+    if (left := len(plan.target.infos) - _ROWS) > 0:
+        print(f"... and {left:,} more; all of them: --json FILE")
+    if args.json:
+        write_text(Path(args.json), json.dumps(as_json(summary, plan), indent=1) + "\n")
+
+
+def _span(what: str, sizes: Mapping[str, int]) -> str:
+    low, high = min(sizes.values()), max(sizes.values())
+    return f"{len(sizes):,}, {low / 1e9:,.2f} to {high / 1e9:,.2f} GB of tensors a {what}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
 
 
 def _count(dtypes: Mapping[str, int]) -> str:
@@ -71,7 +136,9 @@ def show_verification(report: VerifyReport) -> None:
     if report.texts:
         console.print(_texts(report))
     else:
-        console.print(f"{report.tensors} tensors compared bit by bit")
+        how = "bit by bit" if report.level == "checksums" else "by name and shape"
+        wider = f" ({report.widened} of them in the wider of two dtypes)" if report.widened else ""
+        console.print(f"{report.tensors} tensors compared {how}{wider}")
     for problem in report.problems:
         console.print(f"differs: {problem}", style="red", markup=False)
     console.print("verify: OK, the same model" if report.ok else "verify: FAILED")

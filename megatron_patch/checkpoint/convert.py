@@ -1,53 +1,63 @@
-"""Hugging Face directory <-> Megatron checkpoint, tensor by tensor.
+"""Any checkpoint to any other, tensor by tensor: Hugging Face, Megatron torch_dist, Megatron legacy, any layout.
 
     convert("path/to/hf", "path/to/megatron")        and back:        convert("path/to/megatron", "path/to/hf")
 
-The family's weight rules say which tensors become which; everything is checked (names, shapes, files, config fields)
-before anything is written, and the target appears whole or not at all. Weights pass through memory a few tensors at a
-time. Dtypes and file names survive the round trip. It knows no arguments and no training.
+A `Source` reads internal tensors, a `Target` says which bytes of which file each becomes; this engine moves them, a few
+at a time, in threads and over processes. Everything (names, shapes, files, config fields) is checked before anything is
+written, and the target appears whole or not at all. It knows no arguments and no training.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import os
+import shutil
+import threading
 import time
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
+from isal.isal_zlib import crc32
 from torch import Tensor
 
 from megatron_patch.checkpoint import directory as layout
-from megatron_patch.checkpoint.huggingface import (
-    DEFAULT_SHARD_SIZE,
-    ORIGIN,
-    FilePlan,
-    HFReader,
-    HFWriter,
-    TensorInfo,
-    load_origin,
-    plan_files,
-    save_origin,
+from megatron_patch.checkpoint.archive import pwrite, write_crc
+from megatron_patch.checkpoint.crew import Crew, assembled
+from megatron_patch.checkpoint.formats import Slot, Source, Target
+from megatron_patch.checkpoint.hf_format import HFSource, HFTarget, cast
+from megatron_patch.checkpoint.huggingface import ORIGIN, save_origin
+from megatron_patch.checkpoint.manifest import (
+    Checker,
+    Entry,
+    Journal,
+    checksum,
+    converted,
+    data_of,
+    dtype_name,
+    journaled,
+    nonfinite,
+    read_manifest,
+    remove_journals,
+    versions,
+    write_manifest,
 )
-from megatron_patch.checkpoint.megatron import Blueprint, Reader, Writer, blueprint
-from megatron_patch.family import Architecture
-from megatron_patch.model import build_model, transformer_config
-from megatron_patch.models import family_for
-from megatron_patch.weights import Claim, claim
+from megatron_patch.checkpoint.opening import Wanted, open_source, open_target
+from megatron_patch.checkpoint.recycling import Pool
+from megatron_patch.checkpoint.whole import without_garbage_collection
 
 Progress = Callable[[str, int, int], None]
 """Called after each tensor with its name, the bytes done and the bytes in all."""
 
-_EMBEDDING = "embedding.word_embeddings.weight"
+THREADS = 2
+MEMORY = 2**29
+"""Bytes of tensors that may be in work at a time; a tensor that alone needs more is worked on alone."""
+
+_SETTLE = 2**28
+"""After so many bytes, what was written is forced to disk and noted in the journal."""
 
 
 @dataclass(frozen=True)
@@ -56,77 +66,182 @@ class Report:
 
     source: str
     target: str
+    source_kind: str
+    target_kind: str
     family: str
     tensors: int
-    """Hugging Face tensors read or written."""
+    """Hugging Face tensors that the model has."""
 
     parameters: int
     nbytes: int
-    """Bytes of Hugging Face weights read or written."""
+    """Bytes of tensors in the target's files."""
 
     dtypes: Mapping[str, int]
-    """Dtype of the result -> number of tensors."""
+    """Dtype of the result -> number of internal tensors."""
+
+    casts: Mapping[str, int]
+    """Such as "float32 -> bfloat16" -> number of internal tensors that were cast so because it was asked for."""
+
+    nonfinite: Mapping[str, int]
+    """Tensor -> how many of its values are NaN or infinite."""
 
     ignored: tuple[str, ...]
     """Tensors of the source that are no parameters and were left out."""
 
+    resumed: int
+    """Tensors that an earlier, killed run had done."""
+
     seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One conversion, checked, before anything is read or written."""
+
+    source: Source
+    target: Target
+    wanted: Wanted
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors in the target."""
+        return sum(self.target.payload.values())
+
+    def summary(self) -> dict[str, Any]:
+        """What identifies it, as JSON: for the manifest, and to know on --resume that it is the same."""
+        return {
+            "source": str(self.source.path.resolve()),
+            "source_kind": self.source.kind,
+            "source_files": self.source.identity(),
+            "config": layout.read_config(self.source.config_folder),
+            "target_kind": self.target.kind,
+            "family": self.source.model.architecture.family.name,
+            "options": {name: str(value) for name, value in asdict(self.wanted).items() if value is not None},
+            "versions": versions(),
+        }
+
+
+def plan(
+    source: str | Path,
+    wanted: Wanted | None = None,
+    *,
+    hf_config: str | Path | None = None,
+    trust_pickle: bool = False,
+    dry_run: bool = False,
+) -> Plan:
+    """Check a conversion and lay out its result; see `convert`. For a dry run the source needs no weights."""
+    wanted = wanted or Wanted()
+    with without_garbage_collection():
+        opened = open_source(source, hf_config=hf_config, trust_pickle=trust_pickle, weightless=dry_run)
+        return Plan(opened, open_target(opened, wanted), wanted)
 
 
 def convert(
     source: str | Path,
     target: str | Path,
+    wanted: Wanted | None = None,
     *,
     overwrite: bool = False,
-    dtype: torch.dtype | None = None,
-    max_shard_size: str | None = None,
+    resume: bool = False,
+    hf_config: str | Path | None = None,
+    trust_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Convert a checkpoint; which way is seen from the source.
+    """Convert a checkpoint; what the source is, is seen. Under torchrun, all its processes share the work.
 
     Args:
         source: a Hugging Face directory, or a Megatron checkpoint: its root, or the directory of one iteration.
         target: a directory that does not exist yet (or is empty).
+        wanted: the format, layout and dtype to write; by default torch_dist from Hugging Face, else Hugging Face.
         overwrite: replace a target that is a checkpoint.
-        dtype: cast every tensor; by default each keeps its own.
-        max_shard_size: size of the Hugging Face files to write, as in "5GB"; by default the original files' names and
-            contents, or 5GB where there is no original.
+        resume: go on with a conversion that was killed.
+        hf_config: directory with the config.json of a Megatron checkpoint that does not carry it.
+        trust_pickle: read legacy checkpoints that need full unpickling, which can run any code.
         progress: told of each tensor.
 
     Raises:
-        ValueError: anything about source or target that cannot be converted faithfully; nothing is written then.
+        ValueError: anything about source or target that cannot be converted faithfully; nothing is left then.
+        OSError: the disk is full or refuses; what was done is kept for `resume`.
     """
     source, target, start = Path(source), Path(target), time.perf_counter()
-    _check_target(source, target, overwrite)
-    if layout.is_megatron(source):
-        job: _Job = _ToHuggingFace(source, dtype, max_shard_size)
-    elif layout.is_huggingface(source):
-        if max_shard_size:
-            raise ValueError(
-                f"max_shard_size={max_shard_size} is for writing Hugging Face files; {source} is one already"
-            )
-        job = _ToMegatron(source, dtype)
-    else:
-        kinds = f"a Hugging Face directory ({layout.CONFIG}) nor a Megatron checkpoint ({layout.TRACKER})"
-        raise ValueError(f"{source} is neither {kinds}")
-    with layout.staging(target, overwrite) as staged:
-        job.write(staged, progress or (lambda name, done, total: None))
-    infos = job.infos
-    return Report(
-        str(source),
-        str(target),
-        job.model.architecture.family.name,
-        len(infos),
-        sum(torch.Size(shape).numel() for shape in job.model.blueprint.shapes.values()),
-        sum(info.nbytes for info in infos.values()),
-        Counter(str(info.dtype).removeprefix("torch.") for info in infos.values()),
-        job.ignored,
-        time.perf_counter() - start,
-    )
+    _check_target(source, target, overwrite or resume)
+    planned = plan(source, wanted, hf_config=hf_config, trust_pickle=trust_pickle)
+    planned.source.check_convertible()
+    summary = planned.summary()
+    if resume and (done := _finished(target, planned, summary)):
+        layout.clear_leftovers(target)
+        return _report(planned, target, done, len(done), start)
+    _check_space(target, planned)
+    with assembled() as crew:
+        entries, resumed = _run(planned, target, summary, crew, overwrite, resume, progress)
+    return _report(planned, target, entries, resumed, start)
 
 
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
-    layout.refuse_existing(target, overwrite)
+def _run(
+    planned: Plan,
+    target: Path,
+    summary: Mapping[str, Any],
+    crew: Crew,
+    overwrite: bool,
+    resume: bool,
+    progress: Progress | None,
+) -> tuple[dict[str, Entry], int]:
+    """Do it, as one of a crew; the first process prepares and completes what the others share."""
+    if crew.rank:
+        crew.wait()
+        _Mover(planned, layout.partial_of(target), crew, progress).run()
+        crew.wait()
+        crew.wait()
+        return {}, 0
+    with layout.resumable(target, summary, overwrite=overwrite, resume=resume) as staged:
+        for folder in {(staged / file).parent for file in planned.target.payload}:
+            folder.mkdir(parents=True, exist_ok=True)
+        before = len(_done(staged))
+        crew.wait()
+        _Mover(planned, staged, crew, progress).run()
+        crew.wait()
+        entries = _done(staged)
+        _complete(planned, staged, summary, entries)
+    crew.wait()
+    return entries, before
+
+
+def _complete(planned: Plan, staged: Path, summary: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
+    """Everything but tensors; what makes it a checkpoint comes last."""
+    parts = {name: {part.file for part in planned.target.parts(name)} for name in planned.target.infos}
+    assert {name: set(entry.files) for name, entry in entries.items()} == parts, "some tensors were not converted"
+    source, is_hf = planned.source, isinstance(planned.target, HFTarget)
+    companions = staged if is_hf else layout.huggingface_directory(staged)
+    layout.copy_side_files(source.config_folder, companions)
+    if is_hf:
+        (staged / ORIGIN).unlink(missing_ok=True)
+    elif isinstance(source, HFSource):
+        save_origin(companions, source.view().plan, source.hf_infos)
+    planned.target.finish(staged)
+    write_manifest(_weights(staged), summary, [entries[name] for name in parts])
+    remove_journals(staged)
+    if not is_hf:
+        layout.write_tracker(staged, None)
+
+
+def _done(staged: Path) -> dict[str, Entry]:
+    """Internal name -> what has been done of it: by the journals, or by the manifest, which is there once all is."""
+    return converted(_weights(staged)) or journaled(staged)
+
+
+def _weights(target: Path) -> Path:
+    """Where the weights of a target lie."""
+    release = layout.iteration_directory(target, None)
+    return release if release.is_dir() else target
+
+
+# ------------------------------------------------------------------------------------------------- checks and reports
+
+
+def _check_target(source: Path, target: Path, may_exist: bool) -> None:
+    layout.refuse_existing(target, may_exist)
+    if obstacle := next((one for one in target.absolute().parents if one.exists() and not one.is_dir()), None):
+        raise ValueError(f"{target} cannot be made: {obstacle} is a file")
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ValueError(f"source {source} and target {target} must not contain one another")
@@ -138,226 +253,192 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target} holds a training run ({iterations[-1]}): --overwrite does not replace those")
 
 
-# ------------------------------------------------------------------------------------------- what both directions need
+def _finished(target: Path, planned: Plan, summary: Mapping[str, Any]) -> dict[str, Entry]:
+    """The tensors of a target that this very conversion has made already."""
+    manifest = read_manifest(_weights(target)) if target.is_dir() else None
+    is_whole = all((target / file).is_file() for file in planned.target.payload)
+    return converted(_weights(target)) if manifest and manifest["plan"] == summary and is_whole else {}
 
 
-@dataclass(frozen=True)
-class WholeModel:
-    """A model as a conversion sees it: no values, one rank, no padding."""
-
-    architecture: Architecture
-    blueprint: Blueprint
-    claims: tuple[Claim, ...]
-
-    @property
-    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Hugging Face name -> shape, of every tensor that a parameter is made of."""
-        pairs = ((one.hf, one.hf_shapes(self.architecture)) for one in self.claims)
-        return {name: shape for names, shapes in pairs for name, shape in zip(names, shapes, strict=True)}
-
-    def repeats_embedding(self, name: str) -> bool:
-        """Whether a Hugging Face tensor can only be a copy of the embedding."""
-        return self.architecture.tied and name in self.architecture.family.tied_weights
-
-    @property
-    def hf_embedding(self) -> str:
-        """Hugging Face name of the embedding."""
-        return next(one.hf[0] for one in self.claims if one.name == _EMBEDDING)
-
-    def key_dtypes(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
-        """Checkpoint key -> the narrowest dtype that holds all its Hugging Face tensors exactly."""
-        by_key: dict[str, list[torch.dtype]] = {}
-        for one in self.claims:
-            by_key.setdefault(self.blueprint.key(one.name), []).extend(dtypes[name] for name in one.hf)
-        return {key: reduce(torch.promote_types, found) for key, found in by_key.items()}
+def _check_space(target: Path, planned: Plan) -> None:
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    staged = layout.partial_of(target)
+    there = sum(file.stat().st_blocks * 512 for file in staged.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder).free + there
+    if planned.nbytes > free:
+        raise ValueError(f"{target} needs {planned.nbytes / 1e9:.1f} GB; {folder} has {free / 1e9:.1f} GB free")
 
 
-def describe(config: Mapping[str, Any], content: dict[str, Any] | None = None) -> WholeModel:
-    """The model of a Hugging Face config, on the meta device; `content` is what a Megatron checkpoint says of itself.
+def _report(planned: Plan, target: Path, entries: Mapping[str, Entry], resumed: int, start: float) -> Report:
+    source, infos = planned.source, planned.target.infos
+    pairs = [(dtype_name(source.infos[name].dtype), dtype_name(info.dtype)) for name, info in infos.items()]
+    asked = planned.wanted.dtype is not None
+    return Report(
+        source=str(source.path),
+        target=str(target),
+        source_kind=source.kind,
+        target_kind=planned.target.kind,
+        family=source.model.architecture.family.name,
+        tensors=len(source.view().dtypes),
+        parameters=sum(torch.Size(shape).numel() for shape in source.model.blueprint.shapes.values()),
+        nbytes=planned.nbytes,
+        dtypes=Counter(after for _, after in pairs),
+        casts=Counter(f"{before} -> {after}" for before, after in pairs if asked and before != after),
+        nonfinite={name: entry.nonfinite for name, entry in entries.items() if entry.nonfinite},
+        ignored=source.ignored,
+        resumed=resumed,
+        seconds=time.perf_counter() - start,
+    )
 
-    Raises:
-        ValueError: no family knows this config.
-    """
-    architecture = family_for(config).describe(config)
-    with world_of_one(), torch.device("meta"):
-        model = build_model(
-            architecture,
-            transformer_config(architecture, use_cpu_initialization=True),
-            make_vocab_size_divisible_by=1,
+
+# ------------------------------------------------------------------------------------------------------ moving tensors
+
+
+class _Mover:
+    """Moves the tensors of one process's files, in threads."""
+
+    def __init__(self, planned: Plan, staged: Path, crew: Crew, progress: Progress | None) -> None:
+        self._source, self._target, self._staged, self._crew = planned.source, planned.target, staged, crew
+        self._mine = crew.share(planned.target.payload)
+        self._slots: dict[str, Mapping[str, Slot]] = {}
+        self._checker = Checker(planned.source.weights_folder)
+        self._pool, self._memory, self._progress = (
+            Pool(MEMORY),
+            _Memory(MEMORY),
+            progress or (lambda name, done, total: None),
         )
-        plan = blueprint(model, content)
-    return WholeModel(architecture, plan, claim(architecture.family.weights, plan.shapes))
+        self._lock = threading.Lock()
+        self._done, self._total = 0, sum(planned.target.payload[file] for file in self._mine)
+
+    def run(self) -> None:
+        """Write everything that is this process's and not yet in a journal; it is on disk on return."""
+        before = _done(self._staged)
+        begun = {file for entry in before.values() for file in entry.files}
+        for file in sorted(self._mine):
+            self._slots[file] = self._create(file, file in begun)
+        with (
+            Journal(self._staged, self._crew.rank) as journal,
+            _Settler(self._staged, journal) as settler,
+            ThreadPoolExecutor(THREADS, "convert") as pool,
+        ):
+            running: list[Future[None]] = []
+            for name in self._target.infos:
+                if files := self._open_files(name, before):
+                    cost = 2 * self._target.infos[name].nbytes
+                    self._memory.take(cost, running)
+                    running = [one for one in running if not one.done() or one.result()]
+                    running.append(pool.submit(self._move, name, files, cost, settler))
+            for one in running:
+                one.result()
+
+    def _create(self, file: str, is_begun: bool) -> Mapping[str, Slot]:
+        """Make a file at its full size, with everything but tensors; what is in it already stays."""
+        planned, path = self._target.layout(file), self._staged / file
+        if is_begun and not (path.is_file() and path.stat().st_size == planned.size):
+            raise ValueError(f"{path} is not as it was left: start over without --resume")
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as stream:
+            stream.truncate(planned.size)
+            planned.write(stream)
+        return planned.slots
+
+    def _open_files(self, name: str, before: Mapping[str, Entry]) -> set[str]:
+        """The files of this process that a tensor is still missing in."""
+        files = {part.file for part in self._target.parts(name)} & self._mine
+        done = files & set(before[name].files) if name in before else set()
+        self._done += sum(part.nbytes for part in self._target.parts(name) if part.file in done)
+        return files - done
+
+    def _move(self, name: str, files: set[str], cost: int, settler: _Settler) -> None:
+        try:
+            with self._pool.recycled():
+                entry, written = self._write(name, files)
+        finally:
+            self._memory.give(cost)
+        settler.add(entry, written)
+        with self._lock:
+            self._done += written
+            self._progress(name, self._done, self._total)
+
+    def _write(self, name: str, files: set[str]) -> tuple[Entry, int]:
+        tensor, written = self._source.read(name), 0
+        stored = cast(self._source.origin(name), tensor, self._target.infos[name].dtype)
+        digest = checksum(stored)
+        self._checker.check(name, tensor, digest if stored is tensor else None)
+        for part, piece in zip(self._target.parts(name), self._target.split(name, stored), strict=True):
+            if part.file in files:
+                self._put(part.file, part.slot, piece)
+                written += part.nbytes
+        shape, dtype = tuple(stored.shape), dtype_name(stored.dtype)
+        return Entry(name, dtype, shape, digest, nonfinite(stored), tuple(sorted(files))), written
+
+    def _put(self, file: str, slot: str, piece: Tensor) -> None:
+        place, data = self._slots[file][slot], data_of(piece)
+        assert len(data) == place.hole.nbytes, f"{slot} is not as planned"
+        with open(self._staged / file, "r+b", buffering=0) as stream:
+            pwrite(stream.fileno(), data, place.start + place.hole.offset)
+            if place.hole.checksums:
+                write_crc(stream, place.hole, place.start, crc32(data))
 
 
-@contextmanager
-def world_of_one() -> Iterator[None]:
-    """The parallel state that megatron-core wants before it builds a model; a conversion talks to nobody."""
-    if parallel_state.is_initialized() or dist.is_initialized():
-        raise ValueError("a conversion runs in one process, outside of torch.distributed")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+class _Memory:
+    """Lets tensors into work as long as they fit together."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = self._limit = limit
+        self._changed = threading.Condition()
+
+    def take(self, nbytes: int, running: Iterable[Future[None]]) -> None:
+        """Wait until there is room; raise what one of those in work raised."""
+        nbytes = min(nbytes, self._limit)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= nbytes)
+            self._free -= nbytes
+        for one in running:
+            if one.done():
+                one.result()
+
+    def give(self, nbytes: int) -> None:
+        """Free what was taken."""
+        with self._changed:
+            self._free += min(nbytes, self._limit)
+            self._changed.notify()
 
 
-class _Job(ABC):
-    """One direction: the constructor checks everything, `write` then moves the weights."""
+class _Settler:
+    """Forces written files to disk and then notes their tensors in the journal, in a thread of its own."""
 
-    model: WholeModel
-    infos: dict[str, TensorInfo]
-    """The Hugging Face tensors of the result, or of the source."""
+    def __init__(self, staged: Path, journal: Journal) -> None:
+        self._staged, self._journal, self._lock = staged, journal, threading.Lock()
+        self._entries: list[Entry] = []
+        self._nbytes = 0
+        self._futures: list[Future[None]] = []
 
-    ignored: tuple[str, ...] = ()
+    def __enter__(self) -> _Settler:
+        self._pool = ThreadPoolExecutor(1, "settle")
+        return self
 
-    @abstractmethod
-    def write(self, staged: Path, progress: Progress) -> None:
-        """Fill the staged directory."""
+    def add(self, entry: Entry, nbytes: int) -> None:
+        """A tensor was written; from time to time, see to it that it lasts."""
+        with self._lock:
+            self._entries.append(entry)
+            self._nbytes += nbytes
+            if self._nbytes >= _SETTLE:
+                self._submit()
 
+    def _submit(self) -> None:
+        self._futures = [one for one in self._futures if not one.done() or one.result()]
+        self._futures.append(self._pool.submit(self._settle, self._entries))
+        self._entries, self._nbytes = [], 0
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.dtype != dtype and (cast.isinf() & tensor.isfinite()).any():
-        raise ValueError(f"{name} has values that float16 cannot hold; choose bfloat16 or float32")
-    return cast
+    def _settle(self, entries: list[Entry]) -> None:
+        for file in sorted({file for entry in entries for file in entry.files}):
+            layout.sync(self._staged / file)
+        self._journal.add(entries)
 
-
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
-
-
-# ------------------------------------------------------------------------------------------ Hugging Face -> Megatron
-
-
-class _ToMegatron(_Job):
-    def __init__(self, source: Path, dtype: torch.dtype | None) -> None:
-        self._source = source
-        self.model = describe(layout.read_config(source))
-        self._reader = HFReader(source)
-        self.infos = self._reader.infos
-        self.ignored = self._check_tensors()
-        originals = {name: info.dtype for name, info in self.infos.items()}
-        self._dtypes = {key: dtype or found for key, found in self.model.key_dtypes(originals).items()}
-
-    def _check_tensors(self) -> tuple[str, ...]:
-        """Every tensor has its rule and its shape; returns those that are no parameters."""
-        wanted, family = self.model.hf_shapes, self.model.architecture.family
-        if missing := [name for name in wanted if name not in self.infos]:
-            raise ValueError(f"{self._source} has no tensor {_some(missing)}, which family {family.name} needs")
-        for name, shape in wanted.items():
-            if (found := self.infos[name].shape) != shape:
-                raise ValueError(f"{self._source}: {name} has shape {found}; by its config it must have {shape}")
-        others = [name for name in self.infos if name not in wanted]
-        repeats = [name for name in others if self.model.repeats_embedding(name)]
-        ignored = [name for name in others if any(re.fullmatch(one, name) for one in family.ignored_weights)]
-        if extra := [name for name in others if name not in repeats and name not in ignored]:
-            raise ValueError(f"{self._source} has tensors that family {family.name} does not know: {_some(extra)}")
-        self._check_repeats(repeats)
-        return tuple(ignored)
-
-    def _check_repeats(self, repeats: list[str]) -> None:
-        for name in repeats:
-            if not torch.equal(self._reader.read(name), self._reader.read(self.model.hf_embedding)):
-                raise ValueError(
-                    f"{self._source}: tie_word_embeddings is set, but {name} differs from {self.model.hf_embedding}"
-                )
-
-    def write(self, staged: Path, progress: Progress) -> None:
-        companions, weights = layout.huggingface_directory(staged), layout.iteration_directory(staged, None)
-        layout.copy_side_files(self._source, companions)
-        save_origin(companions, self._reader.plan.without(self.ignored), self.infos)
-        weights.mkdir()
-        writer = Writer(weights, self.model.blueprint)
-        done, total = 0, sum(self.infos[name].nbytes for one in self.model.claims for name in one.hf)
-        for one in self.model.claims:
-            dtype = self._dtypes[self.model.blueprint.key(one.name)]
-            parts = [_cast(name, self._reader.read(name), dtype) for name in one.hf]
-            writer.write(one.name, one.rule.to_internal(parts, self.model.architecture))
-            done += sum(self.infos[name].nbytes for name in one.hf)
-            progress(one.name, done, total)
-        writer.finish()
-        layout.write_tracker(staged, None)
-
-
-# ------------------------------------------------------------------------------------------ Megatron -> Hugging Face
-
-
-class _ToHuggingFace(_Job):
-    def __init__(self, source: Path, dtype: torch.dtype | None, max_shard_size: str | None) -> None:
-        root, weights, _ = layout.locate(source)
-        self._companions = layout.huggingface_directory(root)
-        self._reader = Reader(weights)
-        self.model = describe(layout.read_config(root), self._reader.content())
-        self._reader.check(self.model.blueprint)
-        self._plan, self.infos = self._plan_files(dtype, max_shard_size)
-
-    def _plan_files(
-        self, dtype: torch.dtype | None, max_shard_size: str | None
-    ) -> tuple[FilePlan, dict[str, TensorInfo]]:
-        """Files and dtypes: those of the model that was converted once, as far as they still fit."""
-        shapes, stored = self.model.hf_shapes, self._stored_dtypes()
-        origin, originals = load_origin(self._companions) or (None, {})
-        repeats = [name for name in originals if self.model.repeats_embedding(name)]
-        shapes |= {name: shapes[self.model.hf_embedding] for name in repeats}
-        stored |= {name: stored[self.model.hf_embedding] for name in repeats}
-        if set(originals) != set(shapes):
-            return self._fresh_plan(shapes, stored, dtype, max_shard_size)
-        unchanged = self._unchanged(originals, stored)
-        dtypes = {name: dtype or (originals[name] if name in unchanged else stored[name]) for name in shapes}
-        infos = {name: TensorInfo(dtypes[name], shapes[name]) for name in originals}
-        return (plan_files(infos, max_shard_size) if max_shard_size else origin), infos
-
-    def _fresh_plan(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        stored: Mapping[str, torch.dtype],
-        dtype: torch.dtype | None,
-        max_shard_size: str | None,
-    ) -> tuple[FilePlan, dict[str, TensorInfo]]:
-        infos = {name: TensorInfo(dtype or stored[name], shape) for name, shape in shapes.items()}
-        return plan_files(infos, max_shard_size or DEFAULT_SHARD_SIZE), infos
-
-    def _stored_dtypes(self) -> dict[str, torch.dtype]:
-        key = self.model.blueprint.key
-        return {name: self._reader.dtype(key(one.name)) for one in self.model.claims for name in one.hf}
-
-    def _unchanged(self, originals: Mapping[str, torch.dtype], stored: Mapping[str, torch.dtype]) -> set[str]:
-        """Tensors stored as the conversion stored them, which may have been wider than they were."""
-        converted, key = self.model.key_dtypes(originals), self.model.blueprint.key
-        names = {name for one in self.model.claims for name in one.hf if stored[name] == converted[key(one.name)]}
-        repeats = {name for name in originals if self.model.repeats_embedding(name)}
-        return names | (repeats if self.model.hf_embedding in names else set())
-
-    def write(self, staged: Path, progress: Progress) -> None:
-        layout.copy_side_files(self._companions, staged)
-        (staged / ORIGIN).unlink(missing_ok=True)
-        _state_dtype(staged / layout.CONFIG, {info.dtype for info in self.infos.values()})
-        done, total = 0, sum(info.nbytes for info in self.infos.values())
-        with HFWriter(staged, self._plan, self.infos) as writer:
-            for one in self.model.claims:
-                for name, tensor in self._tensors(one):
-                    writer.write(name, _cast(name, tensor, self.infos[name].dtype))
-                    done += self.infos[name].nbytes
-                progress(one.name, done, total)
-
-    def _tensors(self, one: Claim) -> Iterator[tuple[str, Tensor]]:
-        """The Hugging Face tensors of one internal tensor, and the embedding's copies."""
-        parts = one.rule.to_hf(self._reader.read(self.model.blueprint, one.name), self.model.architecture)
-        yield from zip(one.hf, parts, strict=True)
-        if one.name == _EMBEDDING:
-            yield from ((name, parts[0]) for name in self.infos if self.model.repeats_embedding(name))
-
-
-def _state_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
-    """Let config.json name the dtype of the weights, where it names another: transformers loads them in that one."""
-    values = layout.read_json(config)
-    if len(dtypes) != 1:
-        return
-    name = str(next(iter(dtypes))).removeprefix("torch.")
-    fields = [key for key in ("dtype", "torch_dtype") if values.get(key) not in (None, name)]
-    if fields:
-        config.write_text(json.dumps({**values, **dict.fromkeys(fields, name)}, indent=2, ensure_ascii=False) + "\n")
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._entries:
+            self._submit()
+        self._pool.shutdown()
+        if kind is None:
+            for future in self._futures:
+                future.result()

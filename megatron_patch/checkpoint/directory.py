@@ -11,12 +11,13 @@ fsyncs it and renames it; `write_tracker` comes last. This module knows paths on
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 HUGGINGFACE = "huggingface"
 CONFIG = "config.json"
+MANIFEST = "conversion.json"
 
 # Not common.pt: newer versions of megatron-core keep its content in a .distcp file.
 _COMPLETE = (".metadata", "metadata.json")
@@ -47,7 +49,13 @@ def huggingface_directory(root: str | Path) -> Path:
 def is_megatron(path: str | Path) -> bool:
     """Whether this is the root of a Megatron checkpoint, or one of its iterations."""
     path = Path(path)
-    return (path / TRACKER).is_file() or all((path / name).is_file() for name in _COMPLETE)
+    is_iteration = path.is_dir() and (is_legacy(path) or all((path / name).is_file() for name in _COMPLETE))
+    return (path / TRACKER).is_file() or is_iteration
+
+
+def is_legacy(directory: Path) -> bool:
+    """Whether an iteration's directory holds mp_rank_XX directories rather than a torch_dist checkpoint."""
+    return any(directory.glob("mp_rank_*"))
 
 
 def is_huggingface(path: str | Path) -> bool:
@@ -89,6 +97,8 @@ def locate(path: str | Path) -> tuple[Path, Path, int | None]:
 def _check_complete(directory: Path) -> None:
     if not directory.is_dir():
         raise ValueError(f"the checkpoint directory {directory} does not exist")
+    if is_legacy(directory):
+        return  # what is in there is the matter of its reader
     if missing := [name for name in _COMPLETE if not (directory / name).is_file()]:
         raise ValueError(f"{directory} is incomplete: {', '.join(missing)} missing (was the save interrupted?)")
 
@@ -128,7 +138,7 @@ def copy_side_files(source: str | Path, target: str | Path) -> None:
         names[:] = [name for name in names if not name.startswith(".")]
         place = target / Path(folder).relative_to(source)
         for name in files:
-            if not _WEIGHTS.fullmatch(name):
+            if not _WEIGHTS.fullmatch(name) and name != MANIFEST:
                 place.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(Path(folder) / name, place / name)
 
@@ -155,9 +165,9 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file so that either all of it or its former content is there, and on disk."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     temporary.write_text(text, "utf-8")
-    _sync(temporary)
+    sync(temporary)
     temporary.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -171,7 +181,7 @@ def staging(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     final = Path(os.path.abspath(final))
     final.parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(final)
+    clear_leftovers(final)
     refuse_existing(final, overwrite)
     staged = _beside(final, "tmp")
     staged.mkdir()
@@ -184,22 +194,126 @@ def staging(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def resumable(final: str | Path, plan: Mapping[str, Any], *, overwrite: bool, resume: bool) -> Iterator[Path]:
+    """Like `staging`, for work of hours: where the process is killed or the disk is full, what was done is kept.
+
+    Args:
+        plan: what is being made, as JSON; only the same plan can be resumed.
+        resume: go on with what a killed process left; without it that is thrown away.
+
+    Raises:
+        ValueError: `final` exists and `overwrite` is not given; another process works on it; or another plan was begun.
+    """
+    final = Path(os.path.abspath(final))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(final)
+    refuse_existing(final, overwrite)
+    staged = partial_of(final)
+    staged.mkdir(exist_ok=True)
+    with _locked(staged):
+        _begin(staged, plan, resume)
+        try:
+            yield staged
+            _sync_tree(staged)
+            if _is_taken(final) and not overwrite:
+                raise FileExistsError(f"{final} has come to be in the meantime")
+            (staged / _PLAN).unlink()
+            _put_in_place(staged, final)
+        except ValueError:
+            _forget(staged)
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+        except OSError as error:
+            raise OSError(f"{error}; what is done so far is kept in {staged}: --resume goes on with it") from error
+
+
+_PLAN = ".plan.json"
+_NOTES = (_PLAN, MANIFEST, f"{RELEASE}/{MANIFEST}")
+"""What says of a partial directory what is being made there; the manifests, once all is done."""
+
+
+def partial_of(final: str | Path) -> Path:
+    """Where `resumable` works on a directory."""
+    final = Path(os.path.abspath(final))
+    return final.with_name(f".{final.name}.partial")
+
+
+@contextmanager
+def _locked(staged: Path) -> Iterator[None]:
+    """Hold a directory against other processes; the lock ends with the process, however that ends."""
+    descriptor = os.open(staged, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another process is writing {staged}; wait for it, or end it") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _begin(staged: Path, plan: Mapping[str, Any], resume: bool) -> None:
+    plan, begun = json.loads(json.dumps(plan)), _begun(staged)
+    if resume and begun is not None and begun != plan:
+        changed = "; ".join(_changes(begun, plan))
+        raise ValueError(f"{staged} was begun with something else: {changed}. Start over without --resume")
+    if not resume or begun is None:
+        _forget(staged)
+        for path in staged.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for torn in staged.rglob(".*.tmp-*"):
+        torn.unlink()
+    write_text(staged / _PLAN, json.dumps(plan))
+
+
+def _begun(staged: Path) -> dict[str, Any] | None:
+    """The plan of what a killed process left here."""
+    file = next((staged / name for name in _NOTES if (staged / name).is_file()), None)
+    content = file and read_json(file)
+    return content["plan"] if content and file.name == MANIFEST else content
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    """Where two plans differ, and how."""
+    for key in {**before, **now}:
+        one, other, place = before.get(key), now.get(key), f"{where}{key}"
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _changes(one, other, f"{place} ")
+        elif one != other:
+            yield f"{place} was {one}, now is {other}"
+
+
+def _forget(staged: Path) -> None:
+    """Remove what says that there is something to go on with, before anything else goes."""
+    for name in _NOTES:
+        (staged / name).unlink(missing_ok=True)
+
+
 def refuse_existing(final: Path, overwrite: bool) -> None:
     """Raise a ValueError if `final` exists, is not an empty directory, and `overwrite` is not given."""
-    if final.exists() and not overwrite and not (final.is_dir() and not any(final.iterdir())):
+    if _is_taken(final) and not overwrite:
         raise ValueError(f"{final} exists; give --overwrite to replace it, or another place")
 
 
+def _is_taken(final: Path) -> bool:
+    return final.exists() and not (final.is_dir() and not any(final.iterdir()))
+
+
 def _put_in_place(staged: Path, final: Path) -> None:
-    if not final.exists() or not _exchange(staged, final):
-        replaced = _beside(final, "old")
+    replaced = _beside(final, "old")
+    if final.exists() and _exchange(staged, final):
+        staged.rename(replaced)  # so that it is never taken for a partial one while it is being removed
+    else:
         if final.exists():
             final.rename(replaced)
         staged.rename(final)
-        staged = replaced
-    _sync(final.parent)
-    if staged.exists():
-        shutil.rmtree(staged)
+    sync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -213,7 +327,8 @@ def _beside(final: Path, kind: str) -> Path:
     return final.with_name(f".{final.name}.{kind}-{socket.gethostname()}-{os.getpid()}")
 
 
-def _clear_leftovers(final: Path) -> None:
+def clear_leftovers(final: Path) -> None:
+    """Remove what killed processes of this machine left beside a directory, or put it back where it was."""
     pattern = re.compile(rf"\.{re.escape(final.name)}\.(tmp|old)-{re.escape(socket.gethostname())}-(\d+)")
     for path in final.parent.iterdir():
         match = pattern.fullmatch(path.name)
@@ -238,11 +353,12 @@ def _is_alive(pid: int) -> bool:
 def _sync_tree(folder: Path) -> None:
     for place, _, files in os.walk(folder, topdown=False):
         for name in files:
-            _sync(Path(place) / name)
-        _sync(Path(place))
+            sync(Path(place) / name)
+        sync(Path(place))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

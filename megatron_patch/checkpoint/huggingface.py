@@ -1,22 +1,21 @@
 """Hugging Face weight files: safetensors (one or sharded) read and written tensor by tensor; ``.bin`` read safely.
 
 `HFReader` knows every tensor's file, shape and dtype from the headers, checks that the files are whole, and hands out
-memory-mapped tensors. `HFWriter` lays out the files first (a `FilePlan`) and then takes the tensors in any order. This
-module knows files, names and tensors: no families, no megatron.
+memory-mapped tensors. A `FilePlan` says which tensors stand in which file, `header` where in it each tensor belongs.
+This module knows files, names and tensors: no families, no megatron.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -121,6 +120,11 @@ class HFReader:
         """Name -> dtype and shape, of every tensor."""
         return {name: file.infos[name] for name, file in self._where.items()}
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the weight files."""
+        return tuple(file.path.name for file in self._files)
+
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from its file: it takes page cache, and is not to be written to."""
         return self._where[name].read(name)
@@ -153,6 +157,11 @@ def _check_files(directory: Path, index: str, weight_map: Mapping[str, str]) -> 
     for tensor, file in weight_map.items():
         if Path(file).name != file or not (directory / file).is_file():
             raise ValueError(f"{directory / index} says that {file} holds {tensor}, but there is no such file")
+
+
+def has_weights(directory: str | Path) -> bool:
+    """Whether there are weight files, complete or not."""
+    return any(next(Path(directory).glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin"))
 
 
 def _single_file(directory: Path) -> str:
@@ -264,55 +273,36 @@ def parse_size(text: str) -> int:
     return size
 
 
-class HFWriter:
-    """Writes safetensors files into a directory, as planned; tensors may come in any order. A context manager."""
+@dataclass(frozen=True)
+class Header:
+    """The start of a safetensors file, and where in the file each tensor belongs."""
 
-    def __init__(self, directory: Path, plan: FilePlan, infos: Mapping[str, TensorInfo]) -> None:
-        self._directory, self._plan, self._infos = directory, plan, infos
-        self._places: dict[str, tuple[BinaryIO, int]] = {}
-        self._files: list[BinaryIO] = []
+    content: bytes
+    offsets: Mapping[str, int]
+    size: int
+    """Of the whole file."""
 
-    def __enter__(self) -> HFWriter:
-        for file, names in self._plan.files.items():
-            self._create(file, names)
-        return self
 
-    def _create(self, file: str, names: Sequence[str]) -> None:
-        header: dict[str, Any] = {"__metadata__": dict(self._plan.metadata.get(file) or _PT)}
-        end = 0
-        for name in names:
-            info = self._infos[name]
-            start, end = end, end + info.nbytes
-            header[name] = {"dtype": _DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        stream = open(self._directory / file, "wb", buffering=0)  # noqa: SIM115  closed by __exit__
-        self._files.append(stream)
-        stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(8 + len(text) + end)
-        for name in names:
-            self._places[name] = (stream, 8 + len(text) + header[name]["data_offsets"][0])
+def header(names: Sequence[str], infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> Header:
+    """Lay out a safetensors file of these tensors, in this order."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata or _PT)}
+    starts, end = {}, 0
+    for name in names:
+        info, starts[name] = infos[name], end
+        end += info.nbytes
+        offsets = [starts[name], end]
+        entries[name] = {"dtype": _DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    content = struct.pack("<Q", len(text)) + text
+    return Header(content, {name: len(content) + start for name, start in starts.items()}, len(content) + end)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor into its place."""
-        info, (stream, offset) = self._infos[name], self._places.pop(name)
-        assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape), f"{name} is not as planned"
-        data = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-        while data:
-            written = os.pwrite(stream.fileno(), data, offset)
-            data, offset = data[written:], offset + written
 
-    def __exit__(self, kind: type[BaseException] | None, _error: object, _traceback: object) -> None:
-        for stream in self._files:
-            stream.close()
-        if kind is None:
-            assert not self._places, f"never written: {', '.join(self._places)}"
-            self._write_index()
-
-    def _write_index(self) -> None:
-        if set(self._plan.files) == {"model.safetensors"}:
-            return
-        total = sum(self._infos[name].nbytes for name in self._plan.names)
-        weight_map = {name: file for file, names in self._plan.files.items() for name in names}
-        index = {"metadata": {**self._plan.index, "total_size": total}, "weight_map": weight_map}
-        (self._directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+def write_index(directory: Path, plan: FilePlan, infos: Mapping[str, TensorInfo]) -> None:
+    """Write the index that several files need; nothing for a single model.safetensors."""
+    if set(plan.files) == {"model.safetensors"}:
+        return
+    total = sum(infos[name].nbytes for name in plan.names)
+    weight_map = {name: file for file, names in plan.files.items() for name in names}
+    index = {"metadata": {**plan.index, "total_size": total}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

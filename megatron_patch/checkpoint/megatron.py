@@ -1,60 +1,46 @@
-"""Megatron ``torch_dist`` checkpoints: filling a model at any layout, and reading and writing tensor by tensor.
+"""Megatron ``torch_dist`` checkpoints: filling a model at any layout, and reading tensor by tensor.
 
 How a model's tensors map to checkpoint keys, layer axes and chunks is asked of the model itself (its
-``sharded_state_dict``), so what is written here is what megatron-core would have written. `load_weights` fills a model
-through megatron-core's own ``dist_checkpointing.load``. `Writer` and `Reader` handle one internal tensor (see
-weights.py) at a time for a whole model that lies on the meta device: memory stays at a few tensors, whatever the model
-and whatever layout the checkpoint was saved with. Nothing here knows Hugging Face names, families or process groups.
+``sharded_state_dict``), so what is written by it is what megatron-core would have written. `load_weights` fills a model
+through megatron-core's own ``dist_checkpointing.load``. `Reader` reads one internal tensor (see weights.py) at a time
+for a whole model that lies on the meta device, whatever layout the checkpoint was saved with; torch_dist.py writes.
+Nothing here knows Hugging Face names, families or process groups.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
-from zipfile import BadZipFile, ZipFile
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, ReadItem
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint import FileSystemReader, ReadItem
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_patch.checkpoint.directory import locate
-
-FILE_BYTES = 4 * 2**30
-"""Where a .distcp file ends and the next begins."""
-
-_BLOCK = 4 * 2**20
+from megatron_patch.checkpoint.archive import Archive, MappedFile
+from megatron_patch.checkpoint.directory import is_legacy, locate
 
 # Where newer versions of megatron-core keep what used to be in common.pt.
 _COMMON_KEY = "common_state/shard_0_1"
-
-# What core's own loader expects of a checkpoint that Megatron-LM calls a release.
-_COMMON = {"checkpoint_version": 3.0, "iteration": 0}
-
 
 # ------------------------------------------------------------------------------------ one model <-> its checkpoint keys
 
@@ -83,7 +69,11 @@ class Blueprint:
 
     def key(self, name: str) -> str:
         """The checkpoint key of an internal tensor; layers share one."""
-        return self.shards(name)[0].key
+        return self._keys[name]
+
+    @cached_property
+    def _keys(self) -> dict[str, str]:
+        return {name: self.shards(name)[0].key for name in self.tensors}
 
 
 def blueprint(model: torch.nn.Module, metadata: dict[str, Any] | None = None) -> Blueprint:
@@ -99,7 +89,7 @@ def _tensors(built: Any) -> list[ShardedTensor]:
     return [tensor for part in (built.values() if isinstance(built, dict) else built) for tensor in _tensors(part)]
 
 
-def _chunk(shard: ShardedTensor) -> ChunkStorageMetadata:
+def chunk_of(shard: ShardedTensor) -> ChunkStorageMetadata:
     sizes = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
     return ChunkStorageMetadata(torch.Size(shard.global_offset), torch.Size(sizes))
 
@@ -124,6 +114,11 @@ def load_weights(model: Sequence[torch.nn.Module], root: str | Path, strict: boo
         ValueError: the checkpoint is missing, incomplete, or of another model. It is raised on every rank.
     """
     _, directory, iteration = locate(root)
+    if is_legacy(directory):
+        raise ValueError(
+            f"{directory} is a legacy checkpoint (mp_rank_XX), which fits one layout only; make a torch_dist one of it:"
+            " megatron-patch convert --target-format torch_dist"
+        )
     reader, chunks = Reader(directory), unwrap_model(list(model))
     sharded = {f"model{i}": reader.wanted_by(chunk) for i, chunk in enumerate(chunks)}
     _check_match(reader, sharded, strict)
@@ -152,63 +147,6 @@ def _check_match(reader: Reader, sharded: dict[str, Any], strict: bool) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- tensor by tensor
-
-
-class Writer:
-    """Writes a checkpoint into an empty directory, one internal tensor after the other, in any order."""
-
-    def __init__(self, directory: Path, blueprint: Blueprint, file_bytes: int = FILE_BYTES) -> None:
-        self._directory, self._blueprint, self._file_bytes = directory, blueprint, file_bytes
-        self._metadata = Metadata(state_dict_metadata={}, planner_data=None, storage_data=None)
-        self._results: list[WriteResult] = []
-        self._file: BinaryIO | None = None
-        self._files = 0
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Store an internal tensor; tensors that share a key must have one dtype."""
-        for shard in self._blueprint.shards(name, tensor):
-            chunk = _chunk(shard)
-            entry = self._entry(shard)
-            index = MetadataIndex(shard.key, chunk.offsets, len(entry.chunks))
-            entry.chunks.append(chunk)
-            data = shard.data.detach().reshape(chunk.sizes).contiguous()
-            # torch.save stores the whole storage behind a view.
-            data = data if data.untyped_storage().nbytes() == data.nbytes else data.clone()
-            self._append(index, lambda file, data=data: torch.save(data, file))
-
-    def _entry(self, shard: ShardedTensor) -> TensorStorageMetadata:
-        entries = self._metadata.state_dict_metadata
-        if shard.key not in entries:
-            properties = TensorProperties(dtype=shard.data.dtype)
-            entries[shard.key] = TensorStorageMetadata(properties, torch.Size(shard.global_shape), [])
-        assert entries[shard.key].properties.dtype == shard.data.dtype, f"{shard.key} has two dtypes"
-        return entries[shard.key]
-
-    def _append(self, index: MetadataIndex, write: Any) -> None:
-        if self._file is None or self._file.tell() >= self._file_bytes:
-            self._close_file()
-            self._file = open(self._directory / f"__0_{self._files}.distcp", "wb")  # noqa: SIM115  stays open for many
-            self._files += 1
-        start, name = self._file.tell(), Path(self._file.name).name
-        write(self._file)
-        length = self._file.tell() - start
-        self._results.append(WriteResult(index, length, _StorageInfo(name, start, length)))
-
-    def _close_file(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def finish(self) -> None:
-        """Write what makes the directory a checkpoint: objects, metadata, and megatron-core's two small files."""
-        for entry in self._blueprint.objects:
-            content = io.BytesIO()
-            torch.save([entry.data], content)
-            self._metadata.state_dict_metadata[entry.unique_key] = BytesStorageMetadata()
-            self._append(MetadataIndex(entry.unique_key), lambda file, content=content: file.write(content.getbuffer()))
-        self._close_file()
-        FileSystemWriter(self._directory).finish(self._metadata, [self._results])
-        torch.save(_COMMON, self._directory / COMMON_STATE_FNAME)
-        save_config(CheckpointingConfig("torch_dist", 1), str(self._directory))
 
 
 class Reader:
@@ -247,7 +185,9 @@ class Reader:
 
     def wanted_by(self, model: torch.nn.Module) -> dict[str, Any]:
         """The model's sharded state dict, without ``_extra_state`` entries that this checkpoint does not have."""
-        entries = model.sharded_state_dict(metadata=self.content())
+        # Core looks into it for a model with multi-token prediction on several stages, whether it is there or not.
+        metadata = ensure_metadata_has_dp_cp_group(self.content())
+        entries = model.sharded_state_dict(metadata=metadata)
         return {
             name: entry
             for name, entry in entries.items()
@@ -296,16 +236,13 @@ class Reader:
         return entry.merge_fn(parts) if isinstance(entry, ShardedTensorFactory) else parts[0]
 
     def _read_shard(self, shard: ShardedTensor) -> Tensor:
-        chunk, entry = _chunk(shard), self._metadata.state_dict_metadata[shard.key]
+        chunk, entry = chunk_of(shard), self._metadata.state_dict_metadata[shard.key]
         items = create_read_items_for_chunk_list(shard.key, entry, [chunk])
         if (have := sum(math.prod(item.lengths) for item in items)) != math.prod(chunk.sizes):
             raise ValueError(
                 f"{self.directory}: {shard.key} at {tuple(chunk.offsets)} has {have} of {math.prod(chunk.sizes)} values"
             )
-        try:
-            return self._gather(chunk, items, entry.properties.dtype).reshape(shard.local_shape)
-        except (RuntimeError, UnpicklingError, EOFError, BadZipFile, StopIteration) as error:
-            raise ValueError(f"{self.directory}: {shard.key} at {tuple(chunk.offsets)} is damaged: {error}") from error
+        return self._gather(chunk, items, entry.properties.dtype).reshape(shard.local_shape)
 
     def _gather(self, chunk: ChunkStorageMetadata, items: Sequence[ReadItem], dtype: torch.dtype) -> Tensor:
         """Put together what lies in several stored chunks; a chunk that is stored just so is not copied."""
@@ -318,40 +255,31 @@ class Reader:
         return target
 
     def _load(self, index: MetadataIndex) -> Tensor:
-        """One stored chunk. Unlike torch.load, it checks the checksum and holds the data in memory only once."""
+        """One stored chunk, mapped; its checksum is checked."""
         info = self._metadata.storage_data[index]
-        with open(self.directory / info.relative_path, "rb") as file:
-            view = io.BufferedReader(_Window(file, info.offset, info.length))
-            like = torch.load(view, map_location="meta", weights_only=True)
-            with ZipFile(view) as archive:
-                record = next(one for one in archive.infolist() if one.filename.endswith("/data/0"))
-                storage = torch.UntypedStorage(record.file_size)
-                buffer = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
-                with archive.open(record) as content:
-                    for start in range(0, len(buffer), _BLOCK):
-                        content.readinto(buffer[start : start + _BLOCK])
-        return torch.empty(0, dtype=like.dtype).set_(storage, like.storage_offset(), like.size(), like.stride())
+        try:
+            archive = Archive(self._map(info.relative_path), info.offset, info.length)
+            return archive.read(archive.value)
+        except ValueError as error:
+            place = f"{index.fqn} at {tuple(index.offset or ())}"
+            raise ValueError(f"{self.directory}: {place} is damaged: {error}") from error
 
+    @cached_property
+    def _map(self) -> Callable[[str], MappedFile]:
+        return lru_cache(maxsize=None)(lambda name: MappedFile(self.directory / name))
 
-class _Window(io.RawIOBase):
-    """Part of an open file, as a file of its own."""
+    def places(self, blueprint: Blueprint, name: str) -> list[str]:
+        """Where an internal tensor lies: file and key of each stored chunk."""
+        found = []
+        for shard in blueprint.shards(name):
+            items = create_read_items_for_chunk_list(
+                shard.key, self._metadata.state_dict_metadata[shard.key], [chunk_of(shard)]
+            )
+            files = [self._metadata.storage_data[item.storage_index].relative_path for item in items]
+            found += [f"{file}: {shard.key}" for file in files]
+        return list(dict.fromkeys(found))
 
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._position = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:
-        view = memoryview(buffer)[: max(0, self._length - self._position)]
-        count = os.preadv(self._file.fileno(), [view], self._start + self._position)
-        self._position += count
-        return count
+    @property
+    def files(self) -> set[str]:
+        """Names of the files with tensors."""
+        return {info.relative_path for info in self._metadata.storage_data.values()}

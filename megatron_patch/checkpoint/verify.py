@@ -1,36 +1,31 @@
-"""Proof that two checkpoints are the same model.
+"""Proof that two checkpoints are the same model, whatever their formats and layouts.
 
     verify("path/to/hf", "path/to/megatron")       logits, loss and top-1 of transformers against ours, on text
-    verify("path/to/hf", "path/to/hf_export")      every tensor, bit by bit
+    verify("path/to/one", "path/to/other")         every tensor, bit by bit
 
-The first kind runs in one process, or at any tensor and pipeline parallel size where megatron-core's parallel state is
-initialised on every rank: rank 0 then also runs transformers, and every rank gets the report. A round trip alone proves
-nothing about a weight map (a wrong rule undoes itself); logits do. It knows no arguments and no training.
+A round trip alone proves nothing about a weight map (a wrong rule undoes itself); logits do. It knows no arguments and
+no training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_patch.checkpoint import directory as layout
-from megatron_patch.checkpoint.convert import world_of_one
+from megatron_patch.checkpoint.arguments import Level
+from megatron_patch.checkpoint.formats import Source
 from megatron_patch.checkpoint.huggingface import HFReader
-from megatron_patch.checkpoint.megatron import load_weights
-from megatron_patch.model import build_model, transformer_config
-from megatron_patch.models import family_for
+from megatron_patch.checkpoint.logits import TextResult, compare_logits
+from megatron_patch.checkpoint.opening import open_source
+from megatron_patch.checkpoint.whole import world_of_one
 from megatron_patch.tokenizer.hf import load_tokenizer, tokenizer_files
 
 ENGLISH = """In the valley behind the old mill, the river divides into two narrow arms before it reaches the lake.
@@ -64,28 +59,20 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class TextResult:
-    """Both models on one text."""
-
-    name: str
-    tokens: int
-    max_abs: float
-    hf_loss: float
-    megatron_loss: float
-    top1: float
-
-
-@dataclass(frozen=True)
 class VerifyReport:
     """What was compared, and what is wrong."""
 
     first: str
     second: str
+    level: Level
     texts: tuple[TextResult, ...]
     """Per text, where logits were compared."""
 
     tensors: int
-    """How many tensors were compared bit by bit."""
+    """How many tensors were compared by name and shape, or bit by bit."""
+
+    widened: int
+    """How many of them have two dtypes and were compared in the wider one."""
 
     problems: tuple[str, ...]
     """What broke a bound or differs; empty when the two are the same model."""
@@ -96,9 +83,57 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(
+@dataclass(frozen=True)
+class Pair:
+    """Two checkpoints, opened for a comparison."""
+
+    first: Path
+    second: Path
+    level: Level
+    sides: tuple[Source | Named, Source | Named] | tuple[Path, Path | Source]
+    """What is compared; for logits: the Hugging Face directory, then the Megatron checkpoint (where megatron-core loads
+    it at any layout, its path)."""
+
+
+def open_pair(
     first: str | Path,
     second: str | Path,
+    level: Level | None = None,
+    *,
+    hf_config: str | Path | None = None,
+    trust_pickle: bool = False,
+) -> Pair:
+    """Open two checkpoints. Before megatron-core's parallel state is initialised, where one of them is legacy.
+
+    Args:
+        level: "names" (and shapes), "checksums" (every tensor, bit by bit) or "logits" (one of the two must be a
+            Hugging Face directory, the other not). By default logits where that is possible, else checksums.
+        hf_config: directory with the config.json of a Megatron checkpoint that does not carry it.
+        trust_pickle: read legacy checkpoints that need full unpickling, which can run any code.
+
+    Raises:
+        ValueError: not a pair of checkpoints that can be compared so.
+    """
+    paths = Path(first), Path(second)
+    kinds = [layout.is_huggingface(path) for path in paths]
+    level = level or ("logits" if sum(kinds) == 1 else "checksums")
+    if level != "logits":
+        if all(kinds):
+            return Pair(*paths, level, tuple(Named(HFReader(path)) for path in paths))
+        config = hf_config or next((path for path, is_hf in zip(paths, kinds, strict=True) if is_hf), None)
+        return Pair(
+            *paths, level, tuple(open_source(path, hf_config=config, trust_pickle=trust_pickle) for path in paths)
+        )
+    hf, megatron = paths if kinds[0] else paths[::-1]
+    if sum(kinds) != 1 or not layout.is_megatron(megatron):
+        raise ValueError(f"one of {first} and {second} must be a Hugging Face directory, the other a checkpoint")
+    if layout.is_legacy(layout.locate(megatron)[1]):
+        megatron = open_source(megatron, hf_config=hf_config or hf, trust_pickle=trust_pickle)
+    return Pair(*paths, level, (hf, megatron))
+
+
+def compare(
+    pair: Pair,
     *,
     texts: Sequence[tuple[str, str]] | None = None,
     ids: Sequence[Sequence[int]] | None = None,
@@ -106,7 +141,7 @@ def verify(
     dtype: torch.dtype = torch.float32,
     bounds: Bounds | None = None,
 ) -> VerifyReport:
-    """Compare a Hugging Face directory with a Megatron checkpoint (in either order), or with another one.
+    """Compare them. Logits at any layout: where the parallel state is initialised, every rank calls it.
 
     Args:
         texts: (name, text) pairs; by default a paragraph of English and one of Chinese.
@@ -114,20 +149,28 @@ def verify(
         max_tokens: where texts are cut.
         dtype: of both computations, whatever the weights are stored in.
         bounds: how far logits and losses may be apart.
-
-    Raises:
-        ValueError: not a pair of checkpoints that can be compared.
     """
-    kinds = [layout.is_huggingface(path) for path in (first, second)]
-    if all(kinds):
-        return _compare_tensors(Path(first), Path(second))
-    hf, megatron = (Path(first), Path(second)) if kinds[0] else (Path(second), Path(first))
-    if not any(kinds) or not layout.is_megatron(megatron):
-        raise ValueError(f"one of {first} and {second} must be a Hugging Face directory, the other a checkpoint")
+    if pair.level != "logits":
+        return _compare_tensors(*pair.sides, pair.level)
+    hf, megatron = pair.sides
     samples = [(f"ids {i}", list(one)) for i, one in enumerate(ids)] if ids else _samples(hf, texts, max_tokens)
     with nullcontext() if parallel_state.is_initialized() else world_of_one():
-        results = _compare_logits(hf, megatron, samples, dtype)
-    return VerifyReport(str(first), str(second), results, 0, _violations(results, bounds or Bounds()))
+        results = compare_logits(hf, megatron, samples, dtype)
+    problems = _violations(results, bounds or Bounds())
+    return VerifyReport(str(pair.first), str(pair.second), "logits", results, 0, 0, problems)
+
+
+def verify(
+    first: str | Path,
+    second: str | Path,
+    level: Level | None = None,
+    *,
+    hf_config: str | Path | None = None,
+    trust_pickle: bool = False,
+    **how: Any,
+) -> VerifyReport:
+    """Compare two checkpoints: `open_pair` and `compare` in one."""
+    return compare(open_pair(first, second, level, hf_config=hf_config, trust_pickle=trust_pickle), **how)
 
 
 def _samples(hf: Path, texts: Sequence[tuple[str, str]] | None, max_tokens: int) -> list[tuple[str, list[int]]]:
@@ -164,120 +207,41 @@ def _violations(results: Sequence[TextResult], bounds: Bounds) -> tuple[str, ...
     return tuple(problems)
 
 
-# -------------------------------------------------------------------------------------------------------------- logits
-
-
-def _compare_logits(
-    hf: Path, megatron: Path, samples: Sequence[tuple[str, list[int]]], dtype: torch.dtype
-) -> tuple[TextResult, ...]:
-    chunks = load_model(megatron, dtype)
-    reference = _reference(hf, dtype) if dist.get_rank() == 0 else None
-    results = []
-    for name, ids in samples:
-        tokens = torch.tensor([ids], device=_device())
-        ours = _to_rank_0(logits(chunks, tokens))
-        if reference is not None:
-            with torch.no_grad():
-                results.append(_compare(name, reference(tokens).logits[0].float(), ours, tokens[0]))
-    shared = [tuple(results)]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
-
-
-def _reference(hf: Path, dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(hf, dtype=dtype).to(_device()).eval()
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def load_model(root: Path, dtype: torch.dtype) -> list[GPTModel]:
-    """This rank's part of a checkpoint's model, in the layout of megatron-core's parallel state."""
-    config = layout.read_config(root)
-    architecture = family_for(config).describe(config)
-    fields = transformer_config(
-        architecture,
-        dtype,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        perform_initialization=False,  # every weight is about to be loaded
-    )
-    chunks = [build_model(architecture, fields, parallel_output=False).to(_device()).eval()]
-    load_weights(chunks, root)
-    return chunks
-
-
-def logits(chunks: list[GPTModel], tokens: Tensor) -> Tensor | None:
-    """Logits [sequence, padded vocabulary] of tokens [1, sequence] on the last pipeline stage; None elsewhere."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-
-    def forward_step(_iterator: Iterator[Any] | None, model: GPTModel) -> tuple[Tensor, Any]:
-        return model(tokens, positions, None), partial(_keep)
-
-    with torch.no_grad():
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=None,
-            model=chunks,
-            num_microbatches=1,
-            seq_length=tokens.shape[1],
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    return outputs[0][0] if outputs else None
-
-
-def _keep(output: Tensor, non_loss_data: bool = True) -> Tensor:
-    return output
-
-
-def _to_rank_0(output: Tensor | None) -> Tensor | None:
-    """Bring the last pipeline stage's logits to rank 0."""
-    # Every pipeline has the same logits; they come from the one that rank 0 belongs to.
-    owner = [parallel_state.get_pipeline_model_parallel_last_rank()]
-    dist.broadcast_object_list(owner, src=0)
-    box = [None if output is None else output.float().cpu()]
-    if owner[0] != 0 and dist.get_rank() == owner[0]:
-        dist.send_object_list(box, dst=0)
-    if owner[0] != 0 and dist.get_rank() == 0:
-        dist.recv_object_list(box, src=owner[0])
-    return box[0].to(_device()) if dist.get_rank() == 0 else None
-
-
-def _compare(name: str, hf: Tensor, megatron: Tensor, tokens: Tensor) -> TextResult:
-    megatron = megatron[:, : hf.shape[1]]
-    losses = [F.cross_entropy(one[:-1].double(), tokens[1:]).item() for one in (hf, megatron)]
-    same = (hf.argmax(dim=-1) == megatron.argmax(dim=-1)).double().mean().item()
-    return TextResult(name, len(tokens), (hf - megatron).abs().max().item(), *losses, same)
-
-
 # ---------------------------------------------------------------------------------------------------------------- bits
 
 
-def _compare_tensors(first: Path, second: Path) -> VerifyReport:
-    ours, theirs = HFReader(first), HFReader(second)
-    mine, yours = ours.infos, theirs.infos
-    problems = [f"{name} is only in {first}" for name in mine if name not in yours]
-    problems += [f"{name} is only in {second}" for name in yours if name not in mine]
+class Named:
+    """Hugging Face tensors by their own names: they need no family to be compared with their like."""
+
+    def __init__(self, reader: HFReader) -> None:
+        self.path, self.infos, self.read = reader.directory, reader.infos, reader.read
+
+
+def _compare_tensors(first: Source | Named, second: Source | Named, level: Level) -> VerifyReport:
+    mine, yours = first.infos, second.infos
+    problems = [f"{name} is only in {first.path}" for name in mine if name not in yours]
+    problems += [f"{name} is only in {second.path}" for name in yours if name not in mine]
     common = [name for name in mine if name in yours]
+    widened = 0
     for name in common:
-        if mine[name] != yours[name]:
-            problems.append(f"{name}: {_say(mine[name])} in {first}, {_say(yours[name])} in {second}")
-        elif not torch.equal(_bits(ours.read(name)), _bits(theirs.read(name))):
-            problems.append(f"{name} differs")
-    return VerifyReport(str(first), str(second), (), len(common), tuple(problems))
+        if mine[name].shape != yours[name].shape:
+            problems.append(f"{name}: shape {mine[name].shape} in {first.path}, {yours[name].shape} in {second.path}")
+        elif level == "checksums":
+            widened += mine[name].dtype != yours[name].dtype
+            problems += _differences(name, first, second)
+    return VerifyReport(str(first.path), str(second.path), level, (), len(common), widened, tuple(problems))
 
 
-def _say(info: Any) -> str:
-    return f"{str(info.dtype).removeprefix('torch.')} {list(info.shape)}"
+def _differences(name: str, first: Source | Named, second: Source | Named) -> list[str]:
+    try:
+        one, other = first.read(name), second.read(name)
+    except ValueError as error:  # damaged: worth a line, and the others are worth a look
+        return [str(error)]
+    wider = torch.promote_types(one.dtype, other.dtype)
+    different = int((_bits(one.to(wider)) != _bits(other.to(wider))).sum())
+    return [f"{name}: {different} of {one.numel()} values differ"] if different else []
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    # Bytes, not numbers: NaN must equal itself, and 0 must not equal -0.
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    # Bits, not numbers: NaN must equal itself, and 0 must not equal -0.
+    return tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])

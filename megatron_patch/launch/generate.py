@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from megatron_patch.checkpoint.directory import huggingface_directory, locate
-    from megatron_patch.checkpoint.verify import load_model
+    from megatron_patch.checkpoint.logits import load_model
     from megatron_patch.generation import text
     from megatron_patch.tokenizer import load_tokenizer
     from megatron_patch.training.initialize import parallel

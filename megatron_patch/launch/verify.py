@@ -8,6 +8,8 @@ Parses, validates, runs and prints the report; all else is in `megatron_patch.ch
 
 from __future__ import annotations
 
+import os
+
 import tyro
 
 from megatron_patch.checkpoint.arguments import VerifyArgs
@@ -20,13 +22,15 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from megatron_patch.checkpoint import console
-    from megatron_patch.checkpoint.verify import Bounds, verify
+    from megatron_patch.checkpoint.verify import Bounds, compare, open_pair
     from megatron_patch.training.initialize import parallel
 
+    pair = open_pair(args.source, args.target, args.level, hf_config=args.hf_config, trust_pickle=args.trust_pickle)
+    if pair.level != "logits" and "RANK" in os.environ:
+        raise ValueError(f"--level {pair.level} needs one process; only logits are compared by several")
     with parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size):
-        report = verify(
-            args.source,
-            args.target,
+        report = compare(
+            pair,
             texts=args.texts(),
             max_tokens=args.max_tokens,
             dtype=getattr(torch, args.dtype),

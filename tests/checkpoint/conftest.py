@@ -10,19 +10,24 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_patch.checkpoint.convert import convert
-from tests.tiny import VARIANTS, hf_llama
+from tests.tiny import MOE, VARIANTS, hf_llama, hf_moe
 
-_VARIANTS = {**VARIANTS, "mha_biases": {**VARIANTS["mha"], **VARIANTS["biases"]}}
+_VARIANTS = {
+    **VARIANTS,
+    "mha_biases": {**VARIANTS["mha"], **VARIANTS["biases"]},
+    "few_groups": dict(num_key_value_heads=2),
+}
 
 
 @pytest.fixture(scope="session")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The Hugging Face directory of a variant of tests.tiny, in several safetensors files."""
+    """The Hugging Face directory of a variant, in several safetensors files."""
     root = tmp_path_factory.mktemp("hf")
 
     def directory(variant: str) -> Path:
         if not (root / variant).exists():
-            hf_llama(**_VARIANTS[variant]).save_pretrained(root / variant, max_shard_size="40KB")
+            model = hf_moe(variant) if variant in MOE else hf_llama(**_VARIANTS[variant])
+            model.save_pretrained(root / variant, max_shard_size="40KB")
             (root / variant / "LICENSE").write_text("travels along")
         return root / variant
 

@@ -10,7 +10,8 @@ import torch
 
 from megatron_patch.checkpoint.convert import convert
 from megatron_patch.checkpoint.directory import carry_huggingface, iteration_directory, write_tracker
-from megatron_patch.checkpoint.verify import load_model, logits, verify
+from megatron_patch.checkpoint.logits import load_model, logits
+from megatron_patch.checkpoint.verify import verify
 from tests.tiny import VARIANTS, hf_llama, tokens
 from tests.workers import Pool
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_patch.checkpoint import convert as module
+from megatron_patch.checkpoint import whole
+from megatron_patch.checkpoint.convert import convert
 from megatron_patch.checkpoint.verify import Bounds, verify
 from megatron_patch.models.llama import LLAMA
 from megatron_patch.weights import QKV, Copy, Heads, Rule, Stack
@@ -76,8 +77,8 @@ MUTANTS = _mutants()
 
 
 def _convert_with(monkeypatch: pytest.MonkeyPatch, rules: tuple[Rule, ...], source: Path, target: Path) -> None:
-    monkeypatch.setattr(module, "family_for", lambda config: dataclasses.replace(LLAMA, weights=rules))
-    module.convert(source, target)
+    monkeypatch.setattr(whole, "family_for", lambda config: dataclasses.replace(LLAMA, weights=rules))
+    convert(source, target)
     monkeypatch.undo()
 
 

@@ -64,7 +64,7 @@ def test_logits_equal_transformers(world: None, checkpoints: tuple[Path, Path]) 
 def test_the_flash_kernel_takes_grouped_queries_in_bf16(world: None, checkpoints: tuple[Path, Path]) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from megatron_patch.checkpoint.verify import load_model, logits
+    from megatron_patch.checkpoint.logits import load_model, logits
     from megatron_patch.training.initialize import device
 
     ids = tokens(1, 60).to(device())
@@ -77,7 +77,7 @@ def test_the_flash_kernel_takes_grouped_queries_in_bf16(world: None, checkpoints
 def test_greedy_generation_equals_transformers(world: None, checkpoints: tuple[Path, Path]) -> None:
     from transformers import AutoModelForCausalLM
 
-    from megatron_patch.checkpoint.verify import load_model
+    from megatron_patch.checkpoint.logits import load_model
     from megatron_patch.generation import generate
     from megatron_patch.training.initialize import device
 

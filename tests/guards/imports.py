@@ -40,13 +40,29 @@ RULES = {
     "model": Rule(may=("family", "weights", "layers", "backend"), never=("transformers", *_COMMAND_LINE, *_DISK)),
     "checkpoint.directory": Rule(never=("megatron", "transformers", *_COMMAND_LINE)),
     "checkpoint.huggingface": Rule(may=("checkpoint.directory",), never=("megatron", "transformers", *_COMMAND_LINE)),
-    "checkpoint.naming": Rule(never=("transformers", "safetensors", "megatron.core.parallel_state", *_COMMAND_LINE)),
-    "checkpoint.sharding": Rule(never=("transformers", "safetensors", "megatron.core.parallel_state", *_COMMAND_LINE)),
+    "checkpoint.archive": Rule(never=("megatron", "transformers", "safetensors", *_COMMAND_LINE)),
+    "checkpoint.arguments": Rule(may=("checkpoint.directory",), never=("torch", "megatron", "transformers", "tyro")),
+    "checkpoint.crew": Rule(never=("megatron", "transformers", *_COMMAND_LINE)),
+    "checkpoint.manifest": Rule(
+        may=("checkpoint.directory",), never=("megatron", "transformers", "torch.distributed", *_COMMAND_LINE)
+    ),
+    "checkpoint.naming": Rule(
+        may=("weights",), never=("transformers", "safetensors", "megatron.core.parallel_state", *_COMMAND_LINE)
+    ),
+    "checkpoint.sharding": Rule(
+        may=("weights",), never=("transformers", "safetensors", "megatron.core.parallel_state", *_COMMAND_LINE)
+    ),
     "checkpoint.megatron": Rule(
-        may=("checkpoint.directory", "checkpoint.naming", "checkpoint.sharding"),
+        may=("checkpoint.archive", "checkpoint.directory"),
         never=("transformers", "safetensors", "megatron.core.parallel_state", *_COMMAND_LINE),
     ),
+    "checkpoint.formats": Rule(
+        may=("checkpoint.archive", "checkpoint.huggingface", "checkpoint.whole"),
+        never=("megatron", "transformers", *_COMMAND_LINE),
+    ),
     "checkpoint": Rule(may=(*_MODEL, "tokenizer", "generation"), never=_COMMAND_LINE),
+    # A legacy checkpoint holds Megatron-LM's arguments as an argparse.Namespace; nothing is parsed here.
+    "checkpoint.legacy_args": Rule(may=("checkpoint", "checkpoint.sharding", *_MODEL), never=("tyro",)),
     "tokenizer": Rule(never=("megatron", *_RANKS, *_COMMAND_LINE)),
     "data": Rule(may=("tokenizer",), never=("safetensors", "megatron.core.parallel_state", *_COMMAND_LINE)),
     "training.arguments": Rule(may=("data.arguments",), never=("torch", "megatron", "transformers", *_COMMAND_LINE)),
