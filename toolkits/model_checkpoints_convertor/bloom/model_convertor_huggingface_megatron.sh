@@ -1,0 +1,10 @@
+#!/bin/sh
+# BLOOM: Hugging Face -> Megatron (legacy, names of 2023), and back.
+# Order 2023-short, 6 arguments:
+#   MEGATRON_PATH SOURCE_CKPT_PATH TARGET_CKPT_PATH TP PP mg2hf
+#
+#   bash model_convertor_huggingface_megatron.sh Megatron-LM bloom-hf bloom-megatron 1 1 false
+#   bash model_convertor_huggingface_megatron.sh Megatron-LM bloom-megatron/release bloom-hf-back 1 1 true
+set -eu
+here=$(dirname -- "$(readlink -f -- "$0")")
+exec sh "$here/../run_order.sh" 2023-short "$@"

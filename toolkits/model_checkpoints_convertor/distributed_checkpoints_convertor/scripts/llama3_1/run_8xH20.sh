@@ -1,0 +1,10 @@
+#!/bin/sh
+# Llama 3.1: Hugging Face -> Megatron (torch_dist), and back.
+# Order distributed, 6 or 7 arguments:
+#   MODEL_SIZE LOAD_DIR SAVE_DIR MG2HF USE_CUDA PR [HF_DIR]
+#
+#   bash run_8xH20.sh 8B Llama-3.1-8B Llama-3.1-8B-mcore false false bf16
+#   bash run_8xH20.sh 8B Llama-3.1-8B-mcore Llama-3.1-8B-back true false bf16 Llama-3.1-8B
+set -eu
+here=$(dirname -- "$(readlink -f -- "$0")")
+exec sh "$here/../../../run_order.sh" distributed "$@"

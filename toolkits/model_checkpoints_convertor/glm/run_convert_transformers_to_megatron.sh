@@ -1,0 +1,9 @@
+#!/bin/sh
+# GLM: Hugging Face -> Megatron (legacy, names of 2023).
+# Order 2023-one-way, 5 arguments:
+#   MEGATRON_PATH HF_CKPT_PATH MG_CKPT_PATH TP PP
+#
+#   bash run_convert_transformers_to_megatron.sh Megatron-LM glm-10b-hf glm-10b-megatron 1 1
+set -eu
+here=$(dirname -- "$(readlink -f -- "$0")")
+exec sh "$here/../run_order.sh" 2023-one-way "$@"
