@@ -31,7 +31,7 @@ from torch.serialization import skip_data
 ALIGNMENT = 64
 """Where tensors start in an archive, in bytes; an archive inside of a larger file should start so as well."""
 
-_DESCRIPTOR, _CENTRAL = b"PK\x07\x08", b"PK\x01\x02"
+_ZIP, _DESCRIPTOR, _CENTRAL = b"PK\x03\x04", b"PK\x07\x08", b"PK\x01\x02"
 _CENTRAL_SIZE = 46
 _DAMAGED = (RuntimeError, EOFError, BadZipFile, ValueError, KeyError, AttributeError, struct.error)
 
@@ -85,7 +85,18 @@ def skeleton(value: Any) -> Skeleton:
         assert content[after][:4] == _DESCRIPTOR, "torch.save no longer writes a data descriptor"
         holes.append(Hole(offset, nbytes, (after + 4, entries[len(holes)])))
     spots = (spot for hole in holes for spot in hole.checksums)
-    return Skeleton(tuple(_spared(sink.chunks, spots)), sink.position, tuple(holes))
+    return Skeleton(tuple(_joined(_spared(sink.chunks, spots))), sink.position, tuple(holes))
+
+
+def _joined(chunks: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """The chunks, those that touch made one: torch writes in many small pieces."""
+    start, together = 0, b""
+    for offset, content in chunks:
+        if offset != start + len(together):
+            yield start, together
+            start, together = offset, b""
+        together += content
+    yield start, together
 
 
 def _spared(chunks: Sequence[tuple[int, bytes]], spots: Iterable[int]) -> Iterator[tuple[int, bytes]]:
@@ -163,9 +174,17 @@ class MappedFile:
             self.size = os.fstat(file.fileno()).st_size
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
 
+    def expect(self, start: int, stop: int) -> None:
+        """Have these bytes read from disk in the background: they are wanted soon."""
+        if self._map is not None and stop > start:
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, first, min(stop, self.size) - first)
+
     def view(self, start: int, stop: int) -> memoryview:
         """Bytes of it; a ValueError where it is too short."""
-        if stop > self.size or self._map is None:
+        if self._map is None:
+            raise ValueError(f"{self.path} is empty")
+        if stop > self.size:
             raise ValueError(f"{self.path} is truncated: {self.size} bytes, {stop} needed")
         return memoryview(self._map)[start:stop]
 
@@ -197,6 +216,8 @@ class Archive:
         self.value = self._load(trusted, allowed, pickle_module)
 
     def _load(self, trusted: bool, allowed: Sequence[Any], pickle_module: Any) -> Any:
+        if self._window.data[: len(_ZIP)] != _ZIP:  # torch would take it for a pickle, and speak of unsafe code
+            raise ValueError(f"{self._file.path} is damaged or no file of torch.save (since 1.6): it is no zip archive")
         options = {"pickle_module": pickle_module} if trusted and pickle_module else {}
         try:
             with warnings.catch_warnings(), FakeTensorMode(), torch.serialization.safe_globals(list(allowed)):
@@ -217,6 +238,11 @@ class Archive:
     def _offset_of(self, header: int) -> int:
         name, extra = struct.unpack_from("<2H", self._window.data, header + 26)
         return header + 30 + name + extra
+
+    def expect(self, fake: Tensor) -> None:
+        """Have the tensor's bytes read from disk in the background."""
+        start = self._start + fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * fake.itemsize
+        self._file.expect(start, start + fake.numel() * fake.itemsize)
 
     def read(self, fake: Tensor) -> Tensor:
         """The real tensor for one of the value's, mapped; not to be written to.

@@ -9,55 +9,34 @@ written, and the target appears whole or not at all. It knows no arguments and n
 
 from __future__ import annotations
 
-import os
 import shutil
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from isal.isal_zlib import crc32
-from torch import Tensor
 
 from megatron_patch.checkpoint import directory as layout
-from megatron_patch.checkpoint.archive import pwrite, write_crc
 from megatron_patch.checkpoint.crew import Crew, assembled
-from megatron_patch.checkpoint.formats import Slot, Source, Target
-from megatron_patch.checkpoint.hf_format import HFSource, HFTarget, cast
+from megatron_patch.checkpoint.formats import Source, Target
+from megatron_patch.checkpoint.hf_format import HFSource, HFTarget
 from megatron_patch.checkpoint.huggingface import ORIGIN, save_origin
 from megatron_patch.checkpoint.manifest import (
-    Checker,
     Entry,
-    Journal,
-    checksum,
     converted,
-    data_of,
     dtype_name,
     journaled,
-    nonfinite,
     read_manifest,
     remove_journals,
     versions,
     write_manifest,
 )
+from megatron_patch.checkpoint.moving import Mover, Progress
 from megatron_patch.checkpoint.opening import Wanted, open_source, open_target
-from megatron_patch.checkpoint.recycling import Pool
 from megatron_patch.checkpoint.whole import without_garbage_collection
-
-Progress = Callable[[str, int, int], None]
-"""Called after each tensor with its name, the bytes done and the bytes in all."""
-
-THREADS = 2
-MEMORY = 2**29
-"""Bytes of tensors that may be in work at a time; a tensor that alone needs more is worked on alone."""
-
-_SETTLE = 2**28
-"""After so many bytes, what was written is forced to disk and noted in the journal."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +70,9 @@ class Report:
     resumed: int
     """Tensors that an earlier, killed run had done."""
 
+    not_needed: str
+    """The layout that was asked for, where the target's format has none."""
+
     seconds: float
 
 
@@ -107,6 +89,12 @@ class Plan:
         """Bytes of tensors in the target."""
         return sum(self.target.payload.values())
 
+    @property
+    def unused_layout(self) -> str:
+        """The layout that was asked for, where the target's format has none and loads at any."""
+        has_layout = self.wanted.format == "legacy" or self.wanted.layout == Wanted().layout
+        return "" if has_layout else str(self.wanted.layout)
+
     def summary(self) -> dict[str, Any]:
         """What identifies it, as JSON: for the manifest, and to know on --resume that it is the same."""
         return {
@@ -116,7 +104,7 @@ class Plan:
             "config": layout.read_config(self.source.config_folder),
             "target_kind": self.target.kind,
             "family": self.source.model.architecture.family.name,
-            "options": {name: str(value) for name, value in asdict(self.wanted).items() if value is not None},
+            "options": {one.name: str(getattr(self.wanted, one.name)) for one in fields(self.wanted)},
             "versions": versions(),
         }
 
@@ -170,6 +158,7 @@ def convert(
     summary = planned.summary()
     if resume and (done := _finished(target, planned, summary)):
         layout.clear_leftovers(target)
+        layout.drop_partial(target)
         return _report(planned, target, done, len(done), start)
     _check_space(target, planned)
     with assembled() as crew:
@@ -189,21 +178,22 @@ def _run(
     """Do it, as one of a crew; the first process prepares and completes what the others share."""
     if crew.rank:
         crew.wait()
-        _Mover(planned, layout.partial_of(target), crew, progress).run()
+        staged = layout.partial_of(target)
+        Mover(planned.source, planned.target, staged, crew, progress).run(_done(staged))
         crew.wait()
         crew.wait()
         return {}, 0
     with layout.resumable(target, summary, overwrite=overwrite, resume=resume) as staged:
         for folder in {(staged / file).parent for file in planned.target.payload}:
             folder.mkdir(parents=True, exist_ok=True)
-        before = len(_done(staged))
+        before = _done(staged)
         crew.wait()
-        _Mover(planned, staged, crew, progress).run()
+        Mover(planned.source, planned.target, staged, crew, progress).run(before)
         crew.wait()
         entries = _done(staged)
         _complete(planned, staged, summary, entries)
     crew.wait()
-    return entries, before
+    return entries, len(before)
 
 
 def _complete(planned: Plan, staged: Path, summary: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
@@ -266,7 +256,7 @@ def _check_space(target: Path, planned: Plan) -> None:
     there = sum(file.stat().st_blocks * 512 for file in staged.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free + there
     if planned.nbytes > free:
-        raise ValueError(f"{target} needs {planned.nbytes / 1e9:.1f} GB; {folder} has {free / 1e9:.1f} GB free")
+        raise ValueError(f"{target} needs {planned.nbytes / 1e6:,.1f} MB; {folder} has {free / 1e6:,.1f} MB free")
 
 
 def _report(planned: Plan, target: Path, entries: Mapping[str, Entry], resumed: int, start: float) -> Report:
@@ -287,158 +277,6 @@ def _report(planned: Plan, target: Path, entries: Mapping[str, Entry], resumed: 
         nonfinite={name: entry.nonfinite for name, entry in entries.items() if entry.nonfinite},
         ignored=source.ignored,
         resumed=resumed,
+        not_needed=planned.unused_layout,
         seconds=time.perf_counter() - start,
     )
-
-
-# ------------------------------------------------------------------------------------------------------ moving tensors
-
-
-class _Mover:
-    """Moves the tensors of one process's files, in threads."""
-
-    def __init__(self, planned: Plan, staged: Path, crew: Crew, progress: Progress | None) -> None:
-        self._source, self._target, self._staged, self._crew = planned.source, planned.target, staged, crew
-        self._mine = crew.share(planned.target.payload)
-        self._slots: dict[str, Mapping[str, Slot]] = {}
-        self._checker = Checker(planned.source.weights_folder)
-        self._pool, self._memory, self._progress = (
-            Pool(MEMORY),
-            _Memory(MEMORY),
-            progress or (lambda name, done, total: None),
-        )
-        self._lock = threading.Lock()
-        self._done, self._total = 0, sum(planned.target.payload[file] for file in self._mine)
-
-    def run(self) -> None:
-        """Write everything that is this process's and not yet in a journal; it is on disk on return."""
-        before = _done(self._staged)
-        begun = {file for entry in before.values() for file in entry.files}
-        for file in sorted(self._mine):
-            self._slots[file] = self._create(file, file in begun)
-        with (
-            Journal(self._staged, self._crew.rank) as journal,
-            _Settler(self._staged, journal) as settler,
-            ThreadPoolExecutor(THREADS, "convert") as pool,
-        ):
-            running: list[Future[None]] = []
-            for name in self._target.infos:
-                if files := self._open_files(name, before):
-                    cost = 2 * self._target.infos[name].nbytes
-                    self._memory.take(cost, running)
-                    running = [one for one in running if not one.done() or one.result()]
-                    running.append(pool.submit(self._move, name, files, cost, settler))
-            for one in running:
-                one.result()
-
-    def _create(self, file: str, is_begun: bool) -> Mapping[str, Slot]:
-        """Make a file at its full size, with everything but tensors; what is in it already stays."""
-        planned, path = self._target.layout(file), self._staged / file
-        if is_begun and not (path.is_file() and path.stat().st_size == planned.size):
-            raise ValueError(f"{path} is not as it was left: start over without --resume")
-        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as stream:
-            stream.truncate(planned.size)
-            planned.write(stream)
-        return planned.slots
-
-    def _open_files(self, name: str, before: Mapping[str, Entry]) -> set[str]:
-        """The files of this process that a tensor is still missing in."""
-        files = {part.file for part in self._target.parts(name)} & self._mine
-        done = files & set(before[name].files) if name in before else set()
-        self._done += sum(part.nbytes for part in self._target.parts(name) if part.file in done)
-        return files - done
-
-    def _move(self, name: str, files: set[str], cost: int, settler: _Settler) -> None:
-        try:
-            with self._pool.recycled():
-                entry, written = self._write(name, files)
-        finally:
-            self._memory.give(cost)
-        settler.add(entry, written)
-        with self._lock:
-            self._done += written
-            self._progress(name, self._done, self._total)
-
-    def _write(self, name: str, files: set[str]) -> tuple[Entry, int]:
-        tensor, written = self._source.read(name), 0
-        stored = cast(self._source.origin(name), tensor, self._target.infos[name].dtype)
-        digest = checksum(stored)
-        self._checker.check(name, tensor, digest if stored is tensor else None)
-        for part, piece in zip(self._target.parts(name), self._target.split(name, stored), strict=True):
-            if part.file in files:
-                self._put(part.file, part.slot, piece)
-                written += part.nbytes
-        shape, dtype = tuple(stored.shape), dtype_name(stored.dtype)
-        return Entry(name, dtype, shape, digest, nonfinite(stored), tuple(sorted(files))), written
-
-    def _put(self, file: str, slot: str, piece: Tensor) -> None:
-        place, data = self._slots[file][slot], data_of(piece)
-        assert len(data) == place.hole.nbytes, f"{slot} is not as planned"
-        with open(self._staged / file, "r+b", buffering=0) as stream:
-            pwrite(stream.fileno(), data, place.start + place.hole.offset)
-            if place.hole.checksums:
-                write_crc(stream, place.hole, place.start, crc32(data))
-
-
-class _Memory:
-    """Lets tensors into work as long as they fit together."""
-
-    def __init__(self, limit: int) -> None:
-        self._free = self._limit = limit
-        self._changed = threading.Condition()
-
-    def take(self, nbytes: int, running: Iterable[Future[None]]) -> None:
-        """Wait until there is room; raise what one of those in work raised."""
-        nbytes = min(nbytes, self._limit)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= nbytes)
-            self._free -= nbytes
-        for one in running:
-            if one.done():
-                one.result()
-
-    def give(self, nbytes: int) -> None:
-        """Free what was taken."""
-        with self._changed:
-            self._free += min(nbytes, self._limit)
-            self._changed.notify()
-
-
-class _Settler:
-    """Forces written files to disk and then notes their tensors in the journal, in a thread of its own."""
-
-    def __init__(self, staged: Path, journal: Journal) -> None:
-        self._staged, self._journal, self._lock = staged, journal, threading.Lock()
-        self._entries: list[Entry] = []
-        self._nbytes = 0
-        self._futures: list[Future[None]] = []
-
-    def __enter__(self) -> _Settler:
-        self._pool = ThreadPoolExecutor(1, "settle")
-        return self
-
-    def add(self, entry: Entry, nbytes: int) -> None:
-        """A tensor was written; from time to time, see to it that it lasts."""
-        with self._lock:
-            self._entries.append(entry)
-            self._nbytes += nbytes
-            if self._nbytes >= _SETTLE:
-                self._submit()
-
-    def _submit(self) -> None:
-        self._futures = [one for one in self._futures if not one.done() or one.result()]
-        self._futures.append(self._pool.submit(self._settle, self._entries))
-        self._entries, self._nbytes = [], 0
-
-    def _settle(self, entries: list[Entry]) -> None:
-        for file in sorted({file for entry in entries for file in entry.files}):
-            layout.sync(self._staged / file)
-        self._journal.add(entries)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._entries:
-            self._submit()
-        self._pool.shutdown()
-        if kind is None:
-            for future in self._futures:
-                future.result()

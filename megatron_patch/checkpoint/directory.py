@@ -29,7 +29,8 @@ CONFIG = "config.json"
 MANIFEST = "conversion.json"
 
 # Not common.pt: newer versions of megatron-core keep its content in a .distcp file.
-_COMPLETE = (".metadata", "metadata.json")
+METADATA = ".metadata"
+_COMPLETE = (METADATA, "metadata.json")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|ggml|h5|msgpack|ot|onnx)|.*\.(safetensors|bin)\.index\.json")
 
 
@@ -115,6 +116,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if file is None:
         raise ValueError(f"{path} holds no model: neither {CONFIG} nor {HUGGINGFACE}/{CONFIG} is there")
     return read_json(file)
+
+
+def carries_config(path: str | Path) -> bool:
+    """Whether a Megatron checkpoint (its root, or an iteration) has the config.json of its model."""
+    return any((huggingface_directory(folder) / CONFIG).is_file() for folder in (Path(path), Path(path).parent))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -239,6 +245,15 @@ def partial_of(final: str | Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
+def drop_partial(final: str | Path) -> None:
+    """Remove what lies where `resumable` works, now that `final` is whole: it may be what was replaced."""
+    staged = partial_of(final)
+    if staged.exists():
+        with _locked(staged):
+            _forget(staged)
+            shutil.rmtree(staged)
+
+
 @contextmanager
 def _locked(staged: Path) -> Iterator[None]:
     """Hold a directory against other processes; the lock ends with the process, however that ends."""
@@ -357,10 +372,17 @@ def _sync_tree(folder: Path) -> None:
         sync(Path(place))
 
 
-def sync(path: Path) -> None:
-    """Force a file or directory to disk."""
+def sync(path: Path, *, forget: bool = False) -> None:
+    """Force a file or directory to disk.
+
+    Args:
+        forget: also drop it from the page cache. Who writes more than fits there would otherwise take memory from all
+            others, and fill ever new pages, which on virtual machines costs more than the writing.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if forget:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.checkpoint.convert import MEMORY, THREADS, Plan
+from megatron_patch.checkpoint.convert import Plan
 from megatron_patch.checkpoint.huggingface import parse_size
 from megatron_patch.checkpoint.manifest import dtype_name
+from megatron_patch.checkpoint.moving import MEMORY, THREADS
 from megatron_patch.checkpoint.opening import Wanted, open_target
 from megatron_patch.checkpoint.whole import without_garbage_collection
 

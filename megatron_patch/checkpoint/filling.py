@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_patch.checkpoint.formats import Source
-from megatron_patch.checkpoint.sharding import Split, cut, pad_rows, splits
+from megatron_patch.checkpoint.sharding import Split, cut, pad_rows
 from megatron_patch.family import EMBEDDING
 
 _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
@@ -26,10 +26,10 @@ def fill(chunks: Sequence[torch.nn.Module], source: Source) -> None:
     """Copy the source's tensors into this rank's model chunks, cast to their dtypes. Every rank may call it alone."""
     for chunk in chunks:
         state = {name: tensor for name, tensor in chunk.state_dict().items() if isinstance(tensor, Tensor)}
-        ways = splits(chunk, state)
         first = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
         for name, tensor in state.items():
-            tensor.copy_(_piece(source, _global_name(name, first, source), tensor, ways[name]))
+            whole = _global_name(name, first, source)
+            tensor.copy_(_piece(source, whole, tensor, source.model.splits[whole]))
 
 
 def _global_name(name: str, first: int, source: Source) -> str:

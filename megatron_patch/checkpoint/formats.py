@@ -82,6 +82,10 @@ class Source(ABC):
         """
 
     @abstractmethod
+    def expect(self, name: str) -> None:
+        """Have an internal tensor read from disk in the background: it is wanted soon."""
+
+    @abstractmethod
     def origin(self, name: str) -> str:
         """Where an internal tensor comes from, for a person: files and names."""
 

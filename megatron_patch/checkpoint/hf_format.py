@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.checkpoint import directory
-from megatron_patch.checkpoint.archive import Hole
+from megatron_patch.checkpoint.archive import Hole, pwrite
 from megatron_patch.checkpoint.formats import FileLayout, Part, Slot, Source, Target, View
 from megatron_patch.checkpoint.huggingface import (
     DEFAULT_SHARD_SIZE,
@@ -28,6 +28,7 @@ from megatron_patch.checkpoint.huggingface import (
     plan_files,
     write_index,
 )
+from megatron_patch.checkpoint.sharding import same_bits
 from megatron_patch.checkpoint.whole import WholeModel
 
 
@@ -88,9 +89,13 @@ class HFSource(Source):
         parts = [self._reader.read(part).to(dtype) for part in one.hf]
         return one.rule.to_internal(parts, self.model.architecture)
 
+    def expect(self, name: str) -> None:
+        for part in self.model.claims[name].hf:
+            self._reader.expect(part)
+
     def _check_repeats(self, names: tuple[str, ...]) -> None:
         for copy, original in self._repeats.items():
-            if original in names and not torch.equal(self._reader.read(copy), self._reader.read(original)):
+            if original in names and not same_bits(self._reader.read(copy), self._reader.read(original)):
                 raise ValueError(f"{self.path}: by its config {copy} repeats {original}, but it differs")
 
     def origin(self, name: str) -> str:
@@ -121,6 +126,9 @@ class PlannedSource(Source):
 
     def read(self, name: str) -> Tensor:
         raise ValueError(f"{self.path} was opened for a plan: its weights are not read")
+
+    def expect(self, name: str) -> None:
+        pass
 
     def origin(self, name: str) -> str:
         return " + ".join(self.model.claims[name].hf)
@@ -200,7 +208,7 @@ class _Safetensors(FileLayout):
         self.slots = {name: Slot(Hole(offset, infos[name].nbytes, ())) for name, offset in start.offsets.items()}
 
     def write(self, file: BinaryIO) -> None:
-        os.pwrite(file.fileno(), self._content, 0)
+        pwrite(file.fileno(), self._content, 0)
 
 
 def _state_dtype(config: Path, dtypes: set[torch.dtype]) -> None:

@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_patch.checkpoint.archive import MappedFile, from_bytes
 from megatron_patch.checkpoint.directory import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -129,6 +131,10 @@ class HFReader:
         """The tensor, mapped from its file: it takes page cache, and is not to be written to."""
         return self._where[name].read(name)
 
+    def expect(self, name: str) -> None:
+        """Have the tensor read from disk in the background: it is wanted soon."""
+        self._where[name].expect(name)
+
     @property
     def plan(self) -> FilePlan:
         """These files as safetensors files (``pytorch_model.bin`` becomes ``model.safetensors``)."""
@@ -186,6 +192,12 @@ class _SafetensorsFile:
             raise ValueError(f"{path} is truncated or damaged: {error}") from error
         self.metadata: dict[str, str] = self._opened.metadata() or {}
         self.infos = {name: self._info(name) for name in self._opened.offset_keys()}
+        self._mapped, sizes = MappedFile(path), [info.nbytes for info in self.infos.values()]
+        # Tensors stand one after the other, up to the end of the file: safe_open has checked that.
+        starts = accumulate(sizes, initial=self._mapped.size - sum(sizes))
+        self._places = {
+            name: (start, start + size) for name, start, size in zip(self.infos, starts, sizes, strict=False)
+        }
 
     def _info(self, name: str) -> TensorInfo:
         entry = self._opened.get_slice(name)
@@ -193,8 +205,12 @@ class _SafetensorsFile:
             raise ValueError(f"{self.path}: {name} has dtype {entry.get_dtype()}; known are {', '.join(_DTYPES)}")
         return TensorInfo(_DTYPES[entry.get_dtype()], tuple(entry.get_shape()))
 
+    def expect(self, name: str) -> None:
+        self._mapped.expect(*self._places[name])
+
     def read(self, name: str) -> Tensor:
-        return self._opened.get_tensor(name)
+        info = self.infos[name]
+        return from_bytes(self._mapped.view(*self._places[name]), info.dtype, 0, info.shape)
 
 
 class _BinFile:
@@ -212,6 +228,9 @@ class _BinFile:
         if other := [name for name, value in state.items() if not isinstance(value, Tensor)]:
             raise ValueError(f"{path} holds something other than tensors: {', '.join(map(str, other[:5]))}")
         self.infos = {name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in self._state.items()}
+
+    def expect(self, name: str) -> None:
+        pass  # torch maps the file, and does not say where
 
     def read(self, name: str) -> Tensor:
         return self._state[name]

@@ -302,6 +302,10 @@ class LegacySource(MegatronSource):
             self._refuse_copies(name, *(places[i] for i in pair))
         return self._ranks.join(name, tensors)
 
+    def expect(self, name: str) -> None:
+        for place in self._ranks.places(name):
+            self._files[place.rank].expect(place.slot)
+
     def _refuse_copies(self, name: str, *places: Place) -> NoReturn:
         one, other = (f"{self._files[place.rank].path} ({place.slot})" for place in places)
         raise ValueError(f"copies of {name} differ: in {one} and in {other}")

@@ -178,6 +178,9 @@ class RankFile:
         matches = (_LAYER.fullmatch(slot) for slot in self.tensors if slot.startswith(f"{self.parts[part]}/"))
         return max((int(match[1]) + 1 for match in matches if match), default=0)
 
+    def expect(self, slot: str) -> None:
+        self._archive.expect(self.tensors[slot])
+
     def read(self, slot: str) -> Tensor:
         return self._archive.read(self.tensors[slot])
 

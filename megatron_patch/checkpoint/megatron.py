@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader, ReadItem
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -270,14 +271,20 @@ class Reader:
 
     def places(self, blueprint: Blueprint, name: str) -> list[str]:
         """Where an internal tensor lies: file and key of each stored chunk."""
-        found = []
-        for shard in blueprint.shards(name):
-            items = create_read_items_for_chunk_list(
-                shard.key, self._metadata.state_dict_metadata[shard.key], [chunk_of(shard)]
-            )
-            files = [self._metadata.storage_data[item.storage_index].relative_path for item in items]
-            found += [f"{file}: {shard.key}" for file in files]
+        found = [f"{info.relative_path}: {key}" for key, info in self._stored(blueprint, name)]
         return list(dict.fromkeys(found))
+
+    def expect(self, blueprint: Blueprint, name: str) -> None:
+        """Have an internal tensor read from disk in the background: it is wanted soon."""
+        for _, info in self._stored(blueprint, name):
+            self._map(info.relative_path).expect(info.offset, info.offset + info.length)
+
+    def _stored(self, blueprint: Blueprint, name: str) -> Iterator[tuple[str, _StorageInfo]]:
+        """Key and place of each stored chunk that an internal tensor needs."""
+        for shard in blueprint.shards(name):
+            entry = self._metadata.state_dict_metadata[shard.key]
+            for item in create_read_items_for_chunk_list(shard.key, entry, [chunk_of(shard)]):
+                yield shard.key, self._metadata.storage_data[item.storage_index]
 
     @property
     def files(self) -> set[str]:

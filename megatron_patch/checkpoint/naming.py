@@ -130,7 +130,7 @@ MEGATRON_2023 = Naming(
         }
     ),
     tied_head="word_embeddings_for_head/weight",
-    linears="",
+    linears=r"(?!)",  # nothing of 2023 has one
     file=OLDER_FILE,
 )
 

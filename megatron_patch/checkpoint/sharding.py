@@ -186,9 +186,13 @@ class Pipeline:
     def _from_layout(self, layers: int) -> list[int]:
         if self.first or self.last:
             raise ValueError("give a pipeline layout, or the layers of the first and last stage: not both")
+        if self.stages == 1:
+            raise ValueError(f"pipeline_model_parallel_layout={self.layout!r} needs pipeline_model_parallel_size > 1")
         try:
             rows = PipelineParallelLayerLayout.parse_str_to_list(self.layout)
             parsed = PipelineParallelLayerLayout(rows, self.stages)
+            if (given := parsed.flatten_layout.count(LayerType.decoder)) != layers:
+                raise ValueError(f"it places {given} decoder layers (t); the model has {layers}")
             mtp = parsed.flatten_layout.count(LayerType.mtp)
             parsed.validate_layer_layout(layers, mtp or None)
         except (AssertionError, KeyError, ValueError) as error:
@@ -245,8 +249,12 @@ class Layout:
     """None: as tensor."""
 
     def __str__(self) -> str:
-        parts = [f"TP{self.tensor}", f"PP{self.pipeline.stages}"]
-        parts += [f"VPP{self.pipeline.virtual}"] if self.pipeline.virtual else []
+        pipeline = self.pipeline
+        parts = [f"TP{self.tensor}", f"PP{pipeline.stages}"]
+        parts += [f"VPP{pipeline.virtual}"] if pipeline.virtual else []
+        parts += [f"first {pipeline.first}"] if pipeline.first else []
+        parts += [f"last {pipeline.last}"] if pipeline.last else []
+        parts += [pipeline.layout] if pipeline.layout else []
         parts += [f"EP{self.expert}"] if self.expert > 1 else []
         parts += [f"ETP{self.expert_tensor}"] if self.expert_tensor not in (None, self.tensor) else []
         return " ".join(parts)

@@ -8,6 +8,7 @@ names.
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_patch.checkpoint.archive import ALIGNMENT, Skeleton, skeleton
-from megatron_patch.checkpoint.directory import RELEASE
+from megatron_patch.checkpoint.directory import METADATA, RELEASE
 from megatron_patch.checkpoint.formats import FileLayout, MegatronSource, Part, Slot, Target
 from megatron_patch.checkpoint.hf_format import file_states
 from megatron_patch.checkpoint.huggingface import TensorInfo
@@ -57,6 +57,9 @@ class TorchDistSource(MegatronSource):
 
     def read(self, name: str) -> Tensor:
         return self._reader.read(self.model.blueprint, name)
+
+    def expect(self, name: str) -> None:
+        self._reader.expect(self.model.blueprint, name)
 
     def origin(self, name: str) -> str:
         return " + ".join(self._reader.places(self.model.blueprint, name))
@@ -115,7 +118,9 @@ class TorchDistTarget(Target):
         folder, metadata = staged / RELEASE, Metadata(state_dict_metadata=dict(self._entries), planner_data=None)
         results = [result for file in self._files for result in file.results]
         results += self._write_objects(folder, metadata)
-        FileSystemWriter(folder).finish(metadata, [results])
+        # As torch's FileSystemWriter does it, but without a random number and the name of a temporary directory.
+        metadata.storage_data = {result.index: result.storage_data for result in results}
+        (folder / METADATA).write_bytes(pickle.dumps(metadata))
         torch.save(_COMMON, folder / COMMON_STATE_FNAME)
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 

@@ -120,16 +120,25 @@ def open_pair(
     if level != "logits":
         if all(kinds):
             return Pair(*paths, level, tuple(Named(HFReader(path)) for path in paths))
-        config = hf_config or next((path for path, is_hf in zip(paths, kinds, strict=True) if is_hf), None)
-        return Pair(
-            *paths, level, tuple(open_source(path, hf_config=config, trust_pickle=trust_pickle) for path in paths)
-        )
+        others = paths[::-1]
+        ways = [
+            {"hf_config": hf_config or _lent(*both), "trust_pickle": trust_pickle}
+            for both in zip(paths, others, strict=True)
+        ]
+        return Pair(*paths, level, tuple(open_source(path, **way) for path, way in zip(paths, ways, strict=True)))
     hf, megatron = paths if kinds[0] else paths[::-1]
     if sum(kinds) != 1 or not layout.is_megatron(megatron):
         raise ValueError(f"one of {first} and {second} must be a Hugging Face directory, the other a checkpoint")
-    if layout.is_legacy(layout.locate(megatron)[1]):
-        megatron = open_source(megatron, hf_config=hf_config or hf, trust_pickle=trust_pickle)
+    config = hf_config or _lent(megatron, hf)
+    if config or layout.is_legacy(layout.locate(megatron)[1]):
+        megatron = open_source(megatron, hf_config=config, trust_pickle=trust_pickle)
     return Pair(*paths, level, (hf, megatron))
+
+
+def _lent(path: Path, other: Path) -> Path | None:
+    """The other directory, where it has the config.json that this checkpoint does not carry."""
+    carries = not layout.is_megatron(path) or layout.carries_config(path)
+    return None if carries or not layout.is_huggingface(other) else other
 
 
 def compare(
@@ -140,6 +149,7 @@ def compare(
     max_tokens: int = 512,
     dtype: torch.dtype = torch.float32,
     bounds: Bounds | None = None,
+    was_cast: bool = False,
 ) -> VerifyReport:
     """Compare them. Logits at any layout: where the parallel state is initialised, every rank calls it.
 
@@ -149,9 +159,10 @@ def compare(
         max_tokens: where texts are cut.
         dtype: of both computations, whatever the weights are stored in.
         bounds: how far logits and losses may be apart.
+        was_cast: bit by bit, the first is compared in the dtype of the second, which was made of it by a cast.
     """
     if pair.level != "logits":
-        return _compare_tensors(*pair.sides, pair.level)
+        return _compare_tensors(*pair.sides, pair.level, was_cast)
     hf, megatron = pair.sides
     samples = [(f"ids {i}", list(one)) for i, one in enumerate(ids)] if ids else _samples(hf, texts, max_tokens)
     with nullcontext() if parallel_state.is_initialized() else world_of_one():
@@ -217,7 +228,7 @@ class Named:
         self.path, self.infos, self.read = reader.directory, reader.infos, reader.read
 
 
-def _compare_tensors(first: Source | Named, second: Source | Named, level: Level) -> VerifyReport:
+def _compare_tensors(first: Source | Named, second: Source | Named, level: Level, was_cast: bool) -> VerifyReport:
     mine, yours = first.infos, second.infos
     problems = [f"{name} is only in {first.path}" for name in mine if name not in yours]
     problems += [f"{name} is only in {second.path}" for name in yours if name not in mine]
@@ -228,17 +239,17 @@ def _compare_tensors(first: Source | Named, second: Source | Named, level: Level
             problems.append(f"{name}: shape {mine[name].shape} in {first.path}, {yours[name].shape} in {second.path}")
         elif level == "checksums":
             widened += mine[name].dtype != yours[name].dtype
-            problems += _differences(name, first, second)
+            problems += _differences(name, first, second, was_cast)
     return VerifyReport(str(first.path), str(second.path), level, (), len(common), widened, tuple(problems))
 
 
-def _differences(name: str, first: Source | Named, second: Source | Named) -> list[str]:
+def _differences(name: str, first: Source | Named, second: Source | Named, was_cast: bool) -> list[str]:
     try:
         one, other = first.read(name), second.read(name)
     except ValueError as error:  # damaged: worth a line, and the others are worth a look
         return [str(error)]
-    wider = torch.promote_types(one.dtype, other.dtype)
-    different = int((_bits(one.to(wider)) != _bits(other.to(wider))).sum())
+    common = other.dtype if was_cast else torch.promote_types(one.dtype, other.dtype)
+    different = int((_bits(one.to(common)) != _bits(other.to(common))).sum())
     return [f"{name}: {different} of {one.numel()} values differ"] if different else []
 
 

@@ -13,6 +13,7 @@ import os
 import tyro
 
 from megatron_patch.checkpoint.arguments import ConvertArgs
+from megatron_patch.checkpoint.read_ahead import read_ahead
 from megatron_patch.launch import processes
 
 
@@ -22,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     args.validate()
     if args.workers > 1 and "RANK" not in os.environ:
         processes.run_again(args.workers, ["convert", *(argv or [])])
+    if not args.dry_run:
+        read_ahead(args.source)
     from megatron_patch.checkpoint import console
     from megatron_patch.checkpoint.convert import convert, plan
     from megatron_patch.checkpoint.opening import wanted

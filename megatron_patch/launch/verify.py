@@ -15,10 +15,22 @@ import tyro
 from megatron_patch.checkpoint.arguments import VerifyArgs
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command and returns its exit code; what goes wrong is raised, a user's mistake as ValueError."""
+def check(argv: list[str], num_processes: int) -> None:
+    """Finds a user's mistakes before several processes are started; raises ValueError."""
+    args = _parse(argv)
+    if args.level in ("names", "checksums"):
+        raise ValueError(f"--level {args.level} needs one process, not {num_processes}; several compare logits only")
+
+
+def _parse(argv: list[str] | None) -> VerifyArgs:
     args = tyro.cli(VerifyArgs, args=argv, prog="megatron-patch verify", config=(tyro.conf.FlagCreatePairsOff,))
     args.validate()
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code; what goes wrong is raised, a user's mistake as ValueError."""
+    args = _parse(argv)
     import torch
 
     from megatron_patch.checkpoint import console

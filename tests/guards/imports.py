@@ -39,9 +39,12 @@ RULES = {
     "backend": Rule(never=("transformers", *_COMMAND_LINE)),
     "model": Rule(may=("family", "weights", "layers", "backend"), never=("transformers", *_COMMAND_LINE, *_DISK)),
     "checkpoint.directory": Rule(never=("megatron", "transformers", *_COMMAND_LINE)),
-    "checkpoint.huggingface": Rule(may=("checkpoint.directory",), never=("megatron", "transformers", *_COMMAND_LINE)),
+    "checkpoint.huggingface": Rule(
+        may=("checkpoint.archive", "checkpoint.directory"), never=("megatron", "transformers", *_COMMAND_LINE)
+    ),
     "checkpoint.archive": Rule(never=("megatron", "transformers", "safetensors", *_COMMAND_LINE)),
     "checkpoint.arguments": Rule(may=("checkpoint.directory",), never=("torch", "megatron", "transformers", "tyro")),
+    "checkpoint.read_ahead": Rule(never=("torch", "megatron", "transformers", *_COMMAND_LINE)),
     "checkpoint.crew": Rule(never=("megatron", "transformers", *_COMMAND_LINE)),
     "checkpoint.manifest": Rule(
         may=("checkpoint.directory",), never=("megatron", "transformers", "torch.distributed", *_COMMAND_LINE)
