@@ -36,7 +36,7 @@ from megatron_patch.checkpoint.manifest import (
 )
 from megatron_patch.checkpoint.moving import Mover, Progress
 from megatron_patch.checkpoint.opening import Wanted, open_source, open_target
-from megatron_patch.checkpoint.whole import without_garbage_collection
+from megatron_patch.checkpoint.startup import without_garbage_collection
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from megatron_patch.checkpoint.huggingface import parse_size
 from megatron_patch.checkpoint.manifest import dtype_name
 from megatron_patch.checkpoint.moving import MEMORY, THREADS
 from megatron_patch.checkpoint.opening import Wanted, open_target
-from megatron_patch.checkpoint.whole import without_garbage_collection
+from megatron_patch.checkpoint.startup import without_garbage_collection
 
 _PROCESS = 300 * 2**20
 """Anonymous memory of a process that has imported everything and does nothing."""
@@ -86,7 +86,7 @@ def dry_run(plan: Plan, disk_speed: str) -> DryRun:
         files=plan.target.payload,
         ranks=ranks,
         largest=largest,
-        peak_bytes=_PROCESS + max(MEMORY, 2 * infos[largest].nbytes) + THREADS * 2**20,
+        peak_bytes=_PROCESS + max(MEMORY, plan.target.copies * infos[largest].nbytes) + THREADS * 2**20,
         seconds=(read + plan.nbytes) / parse_size(disk_speed),
         obstacle=model.architecture.plan_only,
     )

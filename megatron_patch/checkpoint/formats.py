@@ -70,6 +70,9 @@ class Source(ABC):
     weights_folder: Path
     """Where the weights lie, and the manifest of the conversion that made them, if one did."""
 
+    copies: int = 0
+    """How many times a tensor may be in memory beyond what the target needs."""
+
     ignored: tuple[str, ...] = ()
     """Tensors of it that are no parameters and are left out."""
 
@@ -144,6 +147,9 @@ class Target(ABC):
 
     payload: Mapping[str, int]
     """File -> bytes of tensors in it."""
+
+    copies: int = 1
+    """How many times a tensor may be in memory while it is read, put together and split."""
 
     @abstractmethod
     def parts(self, name: str) -> tuple[Part, ...]:

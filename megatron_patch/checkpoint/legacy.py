@@ -99,6 +99,7 @@ class LegacyTarget(Target):
             rank_pairs(layout.tensor, layout.expert, expert_tensor),
         )
         _check_mtp(model.architecture, layout.pipeline.layout)
+        self.copies = 2 if layout.tensor > 1 else 1
         self._divisible_by, self._string = divisible_by, layout.pipeline.layout
         self.kind = f"legacy {self._ranks}, {naming} naming"
         self.infos = {one.name: TensorInfo(dtypes[one.name], one.shape) for one in model.claims.values()}
@@ -240,7 +241,7 @@ class LegacySource(MegatronSource):
         self._ranks = self._work_out(known, pairs)
         self.infos = self._check_files()
         self.ignored = tuple(sorted({slot for file in self._files.values() for slot in file.ignored}))
-        self.kind = f"legacy {self._ranks}, {known.naming.name} naming"
+        self.kind, self.copies = f"legacy {self._ranks}, {known.naming.name} naming", int(self._ranks.tensor > 1)
 
     def _work_out(self, known: Known, pairs: tuple[tuple[int, int], ...]) -> Ranks:
         tensor, architecture = max(t for t, _ in pairs) + 1, self.model.architecture

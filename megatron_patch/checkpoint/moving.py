@@ -27,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 """Called after each tensor with its name, the bytes done and the bytes in all."""
 
 THREADS = 2
-MEMORY = 2**29
+MEMORY = 600 * 2**20
 """Bytes of tensors that may be in work at a time; a tensor that alone needs more is worked on alone."""
 
 _SETTLE = 2**28
@@ -66,7 +66,7 @@ class Mover:
             running: list[Future[None]] = []
             for name in self._target.infos:
                 if files := self._open_files(name, before):
-                    cost = 2 * self._target.infos[name].nbytes
+                    cost = (self._source.copies + self._target.copies) * self._target.infos[name].nbytes
                     self._source.expect(name)
                     self._memory.take(cost, running)
                     running = [one for one in running if not one.done() or one.result()]

@@ -27,11 +27,11 @@ class Pool:
     """Blocks of memory for several threads.
 
     Args:
-        limit: bytes that it may keep for later; what is in use does not count.
+        limit: bytes above which it keeps none for later; what is in use counts, and is never refused.
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._lock = limit, threading.Lock()
+        self._limit, self._lock, self._used = limit, threading.Lock(), 0
         self._free: list[Tensor] = []
 
     @contextmanager
@@ -54,15 +54,23 @@ class Pool:
         with self._lock:
             fitting = [i for i, block in enumerate(self._free) if block.numel() >= nbytes]
             if fitting:
-                return self._free.pop(min(fitting, key=lambda i: self._free[i].numel()))
-        return torch.empty(nbytes, dtype=torch.uint8)
+                block = self._free.pop(min(fitting, key=lambda i: self._free[i].numel()))
+            else:
+                self._shrink(nbytes)
+                block = torch.empty(nbytes, dtype=torch.uint8)
+            self._used += block.numel()
+            return block
 
     def _give(self, blocks: Sequence[Tensor]) -> None:
         with self._lock:
             # The largest serve every later request; small ones go first where there are too many.
             self._free = sorted([*self._free, *blocks], key=Tensor.numel)
-            while sum(block.numel() for block in self._free) > self._limit:
-                self._free.pop(0)
+            self._used -= sum(block.numel() for block in blocks)
+            self._shrink(0)
+
+    def _shrink(self, wanted: int) -> None:
+        while self._free and self._used + wanted + sum(block.numel() for block in self._free) > self._limit:
+            self._free.pop(0)
 
 
 class _Caught(TorchDispatchMode):

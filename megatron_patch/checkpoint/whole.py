@@ -9,7 +9,6 @@ knows no disk and no values.
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from megatron.core import parallel_state
 
 from megatron_patch.checkpoint.megatron import Blueprint, blueprint
 from megatron_patch.checkpoint.sharding import Split, splits
+from megatron_patch.checkpoint.startup import without_garbage_collection
 from megatron_patch.family import Architecture
 from megatron_patch.model import build_model, transformer_config
 from megatron_patch.models import family_for
@@ -75,7 +75,8 @@ def describe(config: Mapping[str, Any], content: dict[str, Any] | None = None) -
     with without_garbage_collection(), world_of_one(), torch.device("meta"):
         model = build_model(
             architecture,
-            transformer_config(architecture, use_cpu_initialization=True),
+            # Without initialisation core does not say how it splits parameters; without values there is none to do.
+            transformer_config(architecture, use_cpu_initialization=True, **dict.fromkeys(_INITIALISERS, _leave)),
             make_vocab_size_divisible_by=1,
         )
         plan = blueprint(model, content)
@@ -83,16 +84,11 @@ def describe(config: Mapping[str, Any], content: dict[str, Any] | None = None) -
     return WholeModel(architecture, plan, {one.name: one for one in claims}, splits(model, plan.shapes))
 
 
-@contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """A large model is many objects, none of them garbage; looking for it would take a third of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+_INITIALISERS = ("init_method", "output_layer_init_method", "embedding_init_method")
+
+
+def _leave(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 @contextmanager

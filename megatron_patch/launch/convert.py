@@ -13,7 +13,7 @@ import os
 import tyro
 
 from megatron_patch.checkpoint.arguments import ConvertArgs
-from megatron_patch.checkpoint.read_ahead import read_ahead
+from megatron_patch.checkpoint.startup import read_ahead, without_garbage_collection
 from megatron_patch.launch import processes
 
 
@@ -25,9 +25,10 @@ def main(argv: list[str] | None = None) -> int:
         processes.run_again(args.workers, ["convert", *(argv or [])])
     if not args.dry_run:
         read_ahead(args.source)
-    from megatron_patch.checkpoint import console
-    from megatron_patch.checkpoint.convert import convert, plan
-    from megatron_patch.checkpoint.opening import wanted
+    with without_garbage_collection():
+        from megatron_patch.checkpoint import console
+        from megatron_patch.checkpoint.convert import convert, plan
+        from megatron_patch.checkpoint.opening import wanted
 
     options = {"hf_config": args.hf_config, "trust_pickle": args.trust_pickle}
     if args.dry_run:

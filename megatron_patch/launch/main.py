@@ -8,6 +8,8 @@ MEGATRON_PATCH_DEBUG=1. Any other exception is a defect of ours and keeps its tr
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 import time
@@ -41,6 +43,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    atexit.register(gc.freeze)  # or Python, as it ends, once more looks for garbage in all of torch, most of a second
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help", "help"):
         print(_usage())

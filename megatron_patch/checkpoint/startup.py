@@ -1,12 +1,15 @@
-"""Has the beginning of a checkpoint read from disk while Python is still importing: both take seconds.
+"""What shortens the start: Python takes seconds to import torch and megatron-core, and to describe a large model.
 
 It imports nothing heavy, and knows no formats.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _BYTES = 2**31
@@ -27,3 +30,15 @@ def _advise(path: Path) -> None:
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_WILLNEED)
         os.close(descriptor)
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Modules and the parts of a large model are many objects, none garbage: looking takes a quarter of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
