@@ -88,3 +88,9 @@ def test_a_parameter_without_a_name_is_refused(name: str) -> None:
 def test_a_scheme_that_does_not_exist_is_refused(naming: str, experts: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         naming_for(naming, experts)
+
+
+def test_files_of_2023_have_no_extra_state() -> None:
+    naming = naming_for("2023", None)
+    model = model_of("gqa")
+    assert {naming.extra_state(naming.key(name, numbers_of(name), model.claims)) for name in model.claims} == {None}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,11 @@ import pytest
 import torch
 
 from megatron_patch.checkpoint.convert import convert
+from megatron_patch.checkpoint.opening import Wanted
+from megatron_patch.checkpoint.sharding import Layout, Pipeline
 from megatron_patch.checkpoint.verify import CHINESE, ENGLISH, Bounds, verify
 from megatron_patch.launch.convert import main as convert_command
+from megatron_patch.launch.verify import check as check_verify
 from megatron_patch.launch.verify import main as verify_command
 from tests.tiny import tokens
 
@@ -131,6 +137,54 @@ def test_the_commands_convert_prove_and_report(
     file = tmp_path / "report.json"
     assert verify_command(["--source", target, "--target", source, "--json", str(file)]) == 0
     assert json.loads(file.read_text())["texts"][0]["top1"] == 1.0
+
+
+def test_logits_of_a_legacy_checkpoint_are_compared_at_any_layout(hf: Directory, tmp_path: Path) -> None:
+    convert(hf("gqa"), tmp_path / "legacy", Wanted(format="legacy", layout=Layout(2, Pipeline(2))))
+    pair = ["--source", str(hf("gqa")), "--target", str(tmp_path / "legacy"), "--json", str(tmp_path / "report.json")]
+    layout = ["--nproc-per-node", "2", "--tensor-model-parallel-size", "2"]
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_patch", "verify", *pair, *layout]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["texts"][0]["max_abs"] <= 1e-5
+
+
+def test_a_cast_is_verified_in_the_dtype_it_was_cast_to(
+    hf: Directory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = str(tmp_path / "bf16")
+    options = ["--source", str(hf("gqa")), "--target", target, "--dtype", "bfloat16", "--verify"]
+    assert convert_command(options) == 0
+    assert "logits are not compared: --dtype bfloat16" in capsys.readouterr().out
+    assert not verify(hf("gqa"), target, "checksums").ok
+
+
+def test_many_differences_are_counted_rather_than_listed(
+    hf: Directory, megatron: Directory, capsys: pytest.CaptureFixture[str], edit: Edit
+) -> None:
+    other = edit(hf("gqa"), lambda tensors: [tensor.neg_() for tensor in tensors.values()])
+    pair = ["--source", str(other), "--target", str(megatron("gqa")), "--level", "checksums"]
+    assert verify_command(pair) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("differs: ") == 20 and "and 7 more differences" in printed
+
+
+def test_names_and_bits_are_no_matter_for_several_processes(hf: Directory) -> None:
+    pair = ["--source", str(hf("gqa")), "--target", str(hf("tied")), "--level", "names"]
+    with pytest.raises(ValueError, match="--level names needs one process, not 2"):
+        check_verify(pair, 2)
+
+
+def test_a_checkpoint_without_its_config_borrows_it_from_the_other_side(hf: Directory, tmp_path: Path) -> None:
+    convert(hf("gqa"), tmp_path / "megatron")
+    (tmp_path / "megatron" / "huggingface").rename(tmp_path / "elsewhere")
+    for level in ("names", "checksums", "logits"):
+        assert verify(hf("gqa"), tmp_path / "megatron", level).ok
+    with pytest.raises(ValueError, match="does not carry the model's config"):
+        convert(tmp_path / "megatron", tmp_path / "back")
+    convert(tmp_path / "megatron", tmp_path / "back", hf_config=tmp_path / "elsewhere")
+    assert verify(hf("gqa"), tmp_path / "back").ok
 
 
 def test_a_broken_bound_is_exit_code_1(

@@ -11,6 +11,7 @@ from tests.guards.cli_surface import parse
 from tests.guards.imports import ROOT
 
 FILES = ["README.md", "README.zh-CN.md"]
+GUIDES = ["docs/converter.md", "docs/converter.zh-CN.md"]
 
 
 def blocks(name: str) -> list[readme.Block]:
@@ -24,7 +25,7 @@ def test_the_annotated_tree_names_only_what_exists(name: str) -> None:
     assert [path for tree in trees for path in readme.missing_paths(tree, ROOT)] == []
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", FILES + GUIDES)
 def test_every_command_is_one_that_the_parser_accepts(name: str) -> None:
     commands = [command for block in blocks(name) for command in readme.commands(block)]
     assert commands, "no megatron-patch command in a ```bash block"
@@ -39,8 +40,9 @@ def test_every_script_it_starts_exists(name: str) -> None:
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
 
 
-def test_both_languages_have_the_same_sections_and_the_same_code() -> None:
-    english, chinese = ((ROOT / name).read_text() for name in FILES)
+@pytest.mark.parametrize("names", [FILES, GUIDES], ids=["READMEs", "converter"])
+def test_both_languages_have_the_same_sections_and_the_same_code(names: list[str]) -> None:
+    english, chinese = ((ROOT / name).read_text() for name in names)
     assert readme.headings(english) == readme.headings(chinese)
     code = [[readme.without_comments(block) for block in readme.blocks(text)] for text in (english, chinese)]
     assert code[0] == code[1]
