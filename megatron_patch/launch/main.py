@@ -34,8 +34,8 @@ class Command:
 
 COMMANDS = {
     "doctor": Command("what is installed here, which kernels are used and why, the fix for what is missing"),
-    "convert": Command("Hugging Face checkpoint -> Megatron checkpoint, and back"),
-    "verify": Command("compare logits and loss of a Hugging Face checkpoint with its Megatron twin", parallel=True),
+    "convert": Command("Hugging Face, torch_dist and legacy checkpoints into one another, at any layout"),
+    "verify": Command("prove two checkpoints the same model: names, every bit, or logits on text", parallel=True),
     "preprocess": Command("jsonl or plain text -> the .bin/.idx files that pretraining reads"),
     "pretrain": Command("pretrain, or continue to pretrain a converted checkpoint", parallel=True),
     "generate": Command("continue prompts with a checkpoint", parallel=True),
