@@ -125,9 +125,6 @@ class Family:
     quantized: Callable[[HFConfig], str] = lambda hf: ""
     """Why the weights of this config are in no format that can be converted, although its model can be planned."""
 
-    unproven: str = ""
-    """Why weights of this family may be planned (a dry run) but not yet converted; empty where they may be both."""
-
     def describe(self, values: Mapping[str, Any]) -> Architecture:
         """Translate a config.json.
 
@@ -145,7 +142,7 @@ class Family:
             rope=self.rope(hf),
             tied=self.tied(hf),
             swaps=tuple(swap for swap in self.swaps if swap.when(hf)),
-            plan_only="; ".join(filter(None, (self.unproven, self.quantized(hf)))),
+            plan_only=self.quantized(hf),
         )
         self._refuse_unknown(hf)
         return architecture

@@ -17,7 +17,6 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.post_training.modelopt.layers import Linear
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules, get_mtp_layer_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -207,9 +206,7 @@ def _choose_attention(attention: Any, config: TransformerConfig) -> None:
         attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
         attention.linear_q_proj = attention.linear_q_up_proj = attention.linear_kv_up_proj = ColumnParallelLinear
         if config.qk_layernorm:
-            attention.kv_layernorm = _norm(config)
-            # A norm that nothing goes through is refused by newer versions of megatron-core.
-            attention.q_layernorm = _norm(config) if config.q_lora_rank else IdentityOp
+            attention.q_layernorm = attention.kv_layernorm = _norm(config)
         return
     attention.linear_qkv = ColumnParallelLinear
     if config.qk_layernorm:

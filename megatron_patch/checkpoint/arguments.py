@@ -32,7 +32,13 @@ _SIZES = (
 )
 """Fields that, where given, must be at least 1."""
 
-_LEGACY_ONLY = ("naming", "expert_layout", "extra_vocab_size", "replicate_kv_heads")
+_LEGACY_ONLY = (
+    "naming",
+    "expert_layout",
+    "make_vocab_size_divisible_by",
+    "extra_vocab_size",
+    "replicate_kv_heads",
+)
 """Fields that change how a legacy checkpoint is written, and nothing else."""
 
 
@@ -93,8 +99,8 @@ class ConvertArgs:
     Megatron-LM in 2023 (language_model.encoder.layers...)."""
     expert_layout: Literal["sequential", "grouped"] | None = None
     """Legacy: one tensor per expert named by its module (the default), or numbered in one grouped module."""
-    make_vocab_size_divisible_by: int = 128
-    """Legacy: the vocabulary is padded to a multiple of this times the tensor parallel size."""
+    make_vocab_size_divisible_by: int | None = None
+    """Legacy: the vocabulary is padded to a multiple of this (128 without it) times the tensor parallel size."""
     extra_vocab_size: int | None = None
     """Legacy: pad the vocabulary by exactly so many rows instead."""
     replicate_kv_heads: bool = False
@@ -142,6 +148,8 @@ class ConvertArgs:
         given = [name for name in _LEGACY_ONLY if getattr(self, name) not in (None, False)]
         problems = [f"{_flag(name)} is for --target-format legacy, not {written}" for name in given]
         problems = [] if written == "legacy" else problems
+        if self.hf_config and is_huggingface(self.source):
+            problems.append(f"--hf-config is for a Megatron --source; {self.source} has its own config.json")
         if self.max_shard_size and written != "huggingface":
             problems.append(f"--max-shard-size is for writing Hugging Face files, not {written}")
         return problems

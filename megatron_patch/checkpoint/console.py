@@ -17,11 +17,17 @@ from tqdm import tqdm
 
 from megatron_patch.checkpoint.arguments import ConvertArgs
 from megatron_patch.checkpoint.convert import Plan, Report
-from megatron_patch.checkpoint.directory import is_huggingface, write_text
+from megatron_patch.checkpoint.directory import write_text
 from megatron_patch.checkpoint.dry_run import as_json, dry_run, rows
-from megatron_patch.checkpoint.verify import VerifyReport, verify
+from megatron_patch.checkpoint.verify import VerifyReport
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+_PROBLEMS = 20
+"""Differences, and tensors with values that are no numbers, that are printed."""
+
+_ROWS = 12
+"""Tensors of a plan that are printed; all of them are in the JSON file."""
 
 
 class ProgressBar:
@@ -59,8 +65,10 @@ def show_conversion(report: Report) -> None:
         table.add_row("cast", _count(report.casts) + ", as asked for")
     if report.ignored:
         table.add_row("left out", f"{len(report.ignored)} that are no parameters, such as {report.ignored[0]}")
-    for name, count in report.nonfinite.items():
+    for name, count in islice(report.nonfinite.items(), _PROBLEMS):
         table.add_row("[red]NaN or infinite", f"{count} values of {name}")
+    if (left := len(report.nonfinite) - _PROBLEMS) > 0:
+        table.add_row("[red]NaN or infinite", f"and values of {left:,} more tensors; all of them: --json FILE")
     if report.resumed:
         table.add_row("resumed", f"{report.resumed} tensors were done already")
     rate = report.nbytes / max(report.seconds, 1e-9) / 1e6
@@ -68,33 +76,6 @@ def show_conversion(report: Report) -> None:
     if report.not_needed:
         table.add_row("not needed", f"{report.not_needed}: {report.target_kind.split(',')[0]} has no layout")
     Console().print(table)
-
-
-def finish_conversion(report: Report, args: ConvertArgs) -> int:
-    """Print the report, write it where that was asked for, and verify if so; returns the exit code."""
-    show_conversion(report)
-    if args.json:
-        write_json(report, args.json)
-    if not args.verify:
-        return 0
-    ways = {"hf_config": args.hf_config, "trust_pickle": args.trust_pickle}
-    reports = [verify(args.source, args.target, "checksums", **ways, was_cast=args.dtype is not None)]
-    show_verification(reports[-1])
-    if args.dtype:
-        print(
-            f"verify: logits are not compared: --dtype {args.dtype} may change them; `megatron-patch verify` has bounds"
-        )
-    elif is_huggingface(args.source) != is_huggingface(args.target):
-        reports.append(verify(args.source, args.target, "logits", **ways))
-        show_verification(reports[-1])
-    return 0 if all(one.ok for one in reports) else 1
-
-
-_PROBLEMS = 20
-"""Differences that are printed."""
-
-_ROWS = 12
-"""Tensors of a plan that are printed; all of them are in the JSON file."""
 
 
 def show_plan(plan: Plan, args: ConvertArgs) -> None:
@@ -138,8 +119,8 @@ def _count(dtypes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({count} tensors)" for name, count in sorted(dtypes.items()))
 
 
-def show_verification(report: VerifyReport) -> None:
-    """Print what was compared and what broke a bound."""
+def show_verification(report: VerifyReport) -> bool:
+    """Print what was compared and what broke a bound; returns whether nothing did."""
     console = Console()
     console.print(f"verify {report.first} against {report.second}")
     if report.texts:
@@ -153,6 +134,7 @@ def show_verification(report: VerifyReport) -> None:
     if (left := len(report.problems) - _PROBLEMS) > 0:
         console.print(f"and {left:,} more differences; all of them: --json FILE", style="red")
     console.print("verify: OK, the same model" if report.ok else "verify: FAILED")
+    return report.ok
 
 
 def _texts(report: VerifyReport) -> Table:

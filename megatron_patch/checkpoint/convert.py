@@ -17,8 +17,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_patch.checkpoint import directory as layout
 from megatron_patch.checkpoint.crew import Crew, assembled
 from megatron_patch.checkpoint.formats import Source, Target
@@ -156,12 +154,14 @@ def convert(
     planned = plan(source, wanted, hf_config=hf_config, trust_pickle=trust_pickle)
     planned.source.check_convertible()
     summary = planned.summary()
-    if resume and (done := _finished(target, planned, summary)):
-        layout.clear_leftovers(target)
-        layout.drop_partial(target)
-        return _report(planned, target, done, len(done), start)
-    _check_space(target, planned)
     with assembled() as crew:
+        if resume and (done := _finished(target, planned, summary)):
+            crew.wait()
+            if crew.rank == 0:
+                layout.clear_leftovers(target)
+                layout.drop_partial(target)
+            return _report(planned, target, done, len(done), start)
+        _check_space(target, planned)
         entries, resumed = _run(planned, target, summary, crew, overwrite, resume, progress)
     return _report(planned, target, entries, resumed, start)
 
@@ -270,7 +270,7 @@ def _report(planned: Plan, target: Path, entries: Mapping[str, Entry], resumed: 
         target_kind=planned.target.kind,
         family=source.model.architecture.family.name,
         tensors=len(source.view().dtypes),
-        parameters=sum(torch.Size(shape).numel() for shape in source.model.blueprint.shapes.values()),
+        parameters=source.model.parameters,
         nbytes=planned.nbytes,
         dtypes=Counter(after for _, after in pairs),
         casts=Counter(f"{before} -> {after}" for before, after in pairs if asked and before != after),

@@ -1,7 +1,6 @@
 """The processes that share one conversion: alone, or all that torchrun started, on one machine or several.
 
-They share a file system and the list of files; each writes its own files, and waits for the others at two places. It
-knows nothing of checkpoints.
+They share a file system and the list of files; each writes its own files. It knows nothing of checkpoints.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Crew:
 def assembled() -> Iterator[Crew]:
     """The crew that torchrun's environment describes; without one: this process alone."""
     size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1 or dist.is_initialized():
+    if size == 1:
         yield Crew()
         return
     dist.init_process_group("gloo", timeout=_PATIENCE)

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_patch.checkpoint.convert import Plan
 from megatron_patch.checkpoint.huggingface import parse_size
 from megatron_patch.checkpoint.manifest import dtype_name
-from megatron_patch.checkpoint.moving import MEMORY, THREADS
+from megatron_patch.checkpoint.moving import MEMORY
 from megatron_patch.checkpoint.opening import Wanted, open_target
 from megatron_patch.checkpoint.startup import without_garbage_collection
 
@@ -80,23 +80,17 @@ def dry_run(plan: Plan, disk_speed: str) -> DryRun:
         source_kind=plan.source.kind,
         target_kind=plan.target.kind,
         family=model.architecture.family.name,
-        parameters=sum(_count(shape) for shape in model.blueprint.shapes.values()),
+        parameters=model.parameters,
         read_bytes=read,
         write_bytes=plan.nbytes,
         files=plan.target.payload,
         ranks=ranks,
         largest=largest,
-        peak_bytes=_PROCESS + max(MEMORY, plan.target.copies * infos[largest].nbytes) + THREADS * 2**20,
+        # A tensor that is merged of parts and cast is twice in memory; smaller ones share what is allowed.
+        peak_bytes=_PROCESS + max(MEMORY, 2 * infos[largest].nbytes),
         seconds=(read + plan.nbytes) / parse_size(disk_speed),
         obstacle=model.architecture.plan_only,
     )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _ranks(plan: Plan) -> dict[str, int]:

@@ -7,8 +7,9 @@ for their pairs. This module knows no format.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -69,9 +70,6 @@ class Source(ABC):
 
     weights_folder: Path
     """Where the weights lie, and the manifest of the conversion that made them, if one did."""
-
-    copies: int = 0
-    """How many times a tensor may be in memory beyond what the target needs."""
 
     ignored: tuple[str, ...] = ()
     """Tensors of it that are no parameters and are left out."""
@@ -148,16 +146,16 @@ class Target(ABC):
     payload: Mapping[str, int]
     """File -> bytes of tensors in it."""
 
-    copies: int = 1
-    """How many times a tensor may be in memory while it is read, put together and split."""
-
     @abstractmethod
     def parts(self, name: str) -> tuple[Part, ...]:
         """Where the bytes of an internal tensor go."""
 
     @abstractmethod
-    def split(self, name: str, tensor: Tensor) -> tuple[Tensor, ...]:
-        """The tensors for `parts`, in that order, each in its final dtype; `tensor` is as `infos` says."""
+    def split(self, name: str, tensor: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """For each of `parts`, in that order, the tensors whose bytes it is, one after the other, in the final dtype.
+
+        `tensor` is as `infos` says.
+        """
 
     @abstractmethod
     def layout(self, file: str) -> FileLayout:
@@ -167,3 +165,32 @@ class Target(ABC):
     def finish(self, staged: Path) -> None:
         """Write what makes the directory a checkpoint, once all tensors are in place; the manifest and side files are
         not its business."""
+
+
+# ------------------------------------------------------------------------------------------------ what formats share
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype; a ValueError where float16 cannot hold its values."""
+    converted = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype and (converted.isinf() & tensor.isfinite()).any():
+        raise ValueError(f"{name} has values that float16 cannot hold; choose bfloat16 or float32")
+    return converted
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """The first of many names, and how many more there are."""
+    names = list(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+def count_files(files: Sized) -> str:
+    """How many files, for a person."""
+    return f"{len(files)} file{'s' * (len(files) != 1)}"
+
+
+def file_states(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """File -> size and time of the last change in nanoseconds."""
+    states = {name: os.stat(folder / name) for name in sorted(names)}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}

@@ -7,7 +7,6 @@ models may carry are checked before anything is read. It knows no megatron check
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import reduce
@@ -19,7 +18,18 @@ from torch import Tensor
 
 from megatron_patch.checkpoint import directory
 from megatron_patch.checkpoint.archive import Hole, pwrite
-from megatron_patch.checkpoint.formats import FileLayout, Part, Slot, Source, Target, View
+from megatron_patch.checkpoint.formats import (
+    FileLayout,
+    Part,
+    Slot,
+    Source,
+    Target,
+    View,
+    cast,
+    count_files,
+    file_states,
+    some,
+)
 from megatron_patch.checkpoint.huggingface import (
     DEFAULT_SHARD_SIZE,
     HFReader,
@@ -28,23 +38,9 @@ from megatron_patch.checkpoint.huggingface import (
     plan_files,
     write_index,
 )
+from megatron_patch.checkpoint.manifest import dtype_name
 from megatron_patch.checkpoint.sharding import same_bits
 from megatron_patch.checkpoint.whole import WholeModel
-
-
-def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another dtype; a ValueError where float16 cannot hold its values."""
-    converted = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.dtype != dtype and (converted.isinf() & tensor.isfinite()).any():
-        raise ValueError(f"{name} has values that float16 cannot hold; choose bfloat16 or float32")
-    return converted
-
-
-def some(names: Iterable[str], limit: int = 5) -> str:
-    """The first of many names, and how many more there are."""
-    names = list(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
 
 
 def _promoted(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -62,7 +58,7 @@ class HFSource(Source):
         self._reader = HFReader(path)
         self._found = self._reader.infos
         self.ignored = self._check_tensors()
-        self.kind = f"huggingface, {len(self._reader.plan.files)} files"
+        self.kind = f"huggingface, {count_files(self._reader.plan.files)}"
         self.infos = {
             one.name: TensorInfo(_promoted(self._found[name].dtype for name in one.hf), one.shape)
             for one in model.claims.values()
@@ -140,12 +136,6 @@ class PlannedSource(Source):
         return View(None, dict.fromkeys(self.model.hf_shapes, self._dtype))
 
 
-def file_states(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
-    """File -> size and time of the last change in nanoseconds."""
-    states = {name: os.stat(folder / name) for name in sorted(names)}
-    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
-
-
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
@@ -169,7 +159,7 @@ class HFTarget(Target):
         fresh = max_shard_size or view.plan is None
         self._plan = plan_files(self.hf_infos, max_shard_size or DEFAULT_SHARD_SIZE) if fresh else view.plan
         self._file_of = {name: file for file, names in self._plan.files.items() for name in names}
-        self.kind = f"huggingface, {len(self._plan.files)} files"
+        self.kind = f"huggingface, {count_files(self._plan.files)}"
         self.infos = {
             one.name: TensorInfo(_promoted(dtypes[name] for name in one.hf), one.shape) for one in model.claims.values()
         }
@@ -184,11 +174,11 @@ class HFTarget(Target):
     def parts(self, name: str) -> tuple[Part, ...]:
         return tuple(Part(self._file_of[one], one, self.hf_infos[one].nbytes) for one in self._names(name))
 
-    def split(self, name: str, tensor: Tensor) -> tuple[Tensor, ...]:
+    def split(self, name: str, tensor: Tensor) -> tuple[tuple[Tensor, ...], ...]:
         one = self._model.claims[name]
         parts = dict(zip(one.hf, one.rule.to_hf(tensor, self._model.architecture), strict=True))
         return tuple(
-            cast(part, parts[self._repeats.get(part, part)], self.hf_infos[part].dtype) for part in self._names(name)
+            (cast(part, parts[self._repeats.get(part, part)], self.hf_infos[part].dtype),) for part in self._names(name)
         )
 
     def layout(self, file: str) -> FileLayout:
@@ -216,7 +206,7 @@ def _state_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
     values = directory.read_json(config)
     if len(dtypes) != 1:
         return
-    name = str(next(iter(dtypes))).removeprefix("torch.")
+    name = dtype_name(next(iter(dtypes)))
     fields = [key for key in ("dtype", "torch_dtype") if values.get(key) not in (None, name)]
     if fields:
         config.write_text(json.dumps({**values, **dict.fromkeys(fields, name)}, indent=2, ensure_ascii=False) + "\n")

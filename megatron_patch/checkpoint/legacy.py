@@ -20,8 +20,7 @@ from torch import Tensor
 
 from megatron_patch.checkpoint.archive import skeleton
 from megatron_patch.checkpoint.directory import RELEASE
-from megatron_patch.checkpoint.formats import FileLayout, MegatronSource, Part, Slot, Target
-from megatron_patch.checkpoint.hf_format import file_states, some
+from megatron_patch.checkpoint.formats import FileLayout, MegatronSource, Part, Slot, Target, file_states, some
 from megatron_patch.checkpoint.huggingface import TensorInfo
 from megatron_patch.checkpoint.legacy_args import namespace
 from megatron_patch.checkpoint.legacy_files import (
@@ -99,7 +98,6 @@ class LegacyTarget(Target):
             rank_pairs(layout.tensor, layout.expert, expert_tensor),
         )
         _check_mtp(model.architecture, layout.pipeline.layout)
-        self.copies = 2 if layout.tensor > 1 else 1
         self._divisible_by, self._string = divisible_by, layout.pipeline.layout
         self.kind = f"legacy {self._ranks}, {naming} naming"
         self.infos = {one.name: TensorInfo(dtypes[one.name], one.shape) for one in model.claims.values()}
@@ -121,8 +119,8 @@ class LegacyTarget(Target):
         nbytes = self._pieces[name].nbytes
         return tuple(Part(self._file(place.rank), place.slot, nbytes) for place in self._ranks.places(name))
 
-    def split(self, name: str, tensor: Tensor) -> tuple[Tensor, ...]:
-        pieces = self._ranks.cut(name, tensor)
+    def split(self, name: str, tensor: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        pieces = self._ranks.blocks(name, tensor)
         return tuple(pieces[place.piece] for place in self._ranks.places(name))
 
     def layout(self, file: str) -> FileLayout:
@@ -241,7 +239,7 @@ class LegacySource(MegatronSource):
         self._ranks = self._work_out(known, pairs)
         self.infos = self._check_files()
         self.ignored = tuple(sorted({slot for file in self._files.values() for slot in file.ignored}))
-        self.kind, self.copies = f"legacy {self._ranks}, {known.naming.name} naming", int(self._ranks.tensor > 1)
+        self.kind = f"legacy {self._ranks}, {known.naming.name} naming"
 
     def _work_out(self, known: Known, pairs: tuple[tuple[int, int], ...]) -> Ranks:
         tensor, architecture = max(t for t, _ in pairs) + 1, self.model.architecture

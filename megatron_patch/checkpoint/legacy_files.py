@@ -20,7 +20,7 @@ from megatron.core.safe_globals import SAFE_GLOBALS
 from torch import Tensor
 
 from megatron_patch.checkpoint.archive import Archive, MappedFile
-from megatron_patch.checkpoint.hf_format import some
+from megatron_patch.checkpoint.formats import some
 from megatron_patch.checkpoint.legacy_ranks import Rank, folder_of, rank_pairs
 from megatron_patch.checkpoint.naming import EXTRA_STATE, FILE, OLDER_FILE, READABLE, Naming, numbers_of
 from megatron_patch.checkpoint.whole import WholeModel

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_patch.checkpoint.naming import Naming, numbers_of
 from megatron_patch.checkpoint.sharding import (
     Chunk,
-    cut,
+    blocks,
     cut_replicated,
     join,
     join_replicated,
@@ -214,15 +214,15 @@ class Ranks:
             shape[split.axis] //= pieces
         return tuple(shape)
 
-    def cut(self, name: str, tensor: Tensor) -> tuple[Tensor, ...]:
-        """The pieces of a whole tensor."""
+    def blocks(self, name: str, tensor: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """The pieces of a whole tensor, each as the blocks that stand one after the other in it."""
         split, pieces = self.model.splits[name], self.pieces(name)
         if self.replicates(name):
-            return cut_replicated(tensor, self.model.architecture, pieces)
-        return cut(pad_rows(tensor, self.vocabulary) if split.is_vocabulary else tensor, split, pieces)
+            return tuple((piece,) for piece in cut_replicated(tensor, self.model.architecture, pieces))
+        return blocks(pad_rows(tensor, self.vocabulary) if split.is_vocabulary else tensor, split, pieces)
 
     def join(self, name: str, pieces: Sequence[Tensor]) -> Tensor:
-        """The whole tensor; the inverse of `cut`."""
+        """The whole tensor; the inverse of `blocks`."""
         split = self.model.splits[name]
         if self.replicates(name):
             return join_replicated(pieces, self.model.architecture)

@@ -91,6 +91,7 @@ def _tensors(built: Any) -> list[ShardedTensor]:
 
 
 def chunk_of(shard: ShardedTensor) -> ChunkStorageMetadata:
+    """Where a shard stands in its whole tensor; axes that core prepends (layers, experts) count."""
     sizes = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
     return ChunkStorageMetadata(torch.Size(shard.global_offset), torch.Size(sizes))
 
@@ -289,4 +290,7 @@ class Reader:
     @property
     def files(self) -> set[str]:
         """Names of the files with tensors."""
-        return {info.relative_path for info in self._metadata.storage_data.values()}
+        kinds, storage = self._metadata.state_dict_metadata, self._metadata.storage_data
+        return {
+            info.relative_path for index, info in storage.items() if isinstance(kinds[index.fqn], TensorStorageMetadata)
+        }

@@ -18,8 +18,7 @@ from torch import Tensor
 from megatron_patch.checkpoint import directory as layout
 from megatron_patch.checkpoint.archive import pwrite, write_crc
 from megatron_patch.checkpoint.crew import Crew
-from megatron_patch.checkpoint.formats import Slot, Source, Target
-from megatron_patch.checkpoint.hf_format import cast
+from megatron_patch.checkpoint.formats import Slot, Source, Target, cast
 from megatron_patch.checkpoint.manifest import Checker, Entry, Journal, checksum, data_of, dtype_name, nonfinite
 from megatron_patch.checkpoint.recycling import Pool
 
@@ -66,9 +65,9 @@ class Mover:
             running: list[Future[None]] = []
             for name in self._target.infos:
                 if files := self._open_files(name, before):
-                    cost = (self._source.copies + self._target.copies) * self._target.infos[name].nbytes
+                    cost = self._target.infos[name].nbytes
                     self._source.expect(name)
-                    self._memory.take(cost, running)
+                    self._memory.take(cost)
                     running = [one for one in running if not one.done() or one.result()]
                     running.append(pool.submit(self._move, name, files, cost, settler))
             for one in running:
@@ -107,20 +106,23 @@ class Mover:
         stored = cast(self._source.origin(name), tensor, self._target.infos[name].dtype)
         digest = checksum(stored)
         self._checker.check(name, tensor, digest if stored is tensor else None)
-        for part, piece in zip(self._target.parts(name), self._target.split(name, stored), strict=True):
+        for part, blocks in zip(self._target.parts(name), self._target.split(name, stored), strict=True):
             if part.file in files:
-                self._put(part.file, part.slot, piece)
+                self._put(part.file, part.slot, blocks)
                 written += part.nbytes
         shape, dtype = tuple(stored.shape), dtype_name(stored.dtype)
         return Entry(name, dtype, shape, digest, nonfinite(stored), tuple(sorted(files))), written
 
-    def _put(self, file: str, slot: str, piece: Tensor) -> None:
-        place, data = self._slots[file][slot], data_of(piece)
-        assert len(data) == place.hole.nbytes, f"{slot} is not as planned"
+    def _put(self, file: str, slot: str, blocks: Iterable[Tensor]) -> None:
+        place, crc = self._slots[file][slot], 0
+        start = place.start + place.hole.offset
+        end = start
         with open(self._staged / file, "r+b", buffering=0) as stream:
-            pwrite(stream.fileno(), data, place.start + place.hole.offset)
-            if place.hole.checksums:
-                write_crc(stream, place.hole, place.start, crc32(data))
+            for data in map(data_of, blocks):
+                pwrite(stream.fileno(), data, end)
+                crc, end = crc32(data, crc), end + len(data)
+            write_crc(stream, place.hole, place.start, crc)
+        assert end - start == place.hole.nbytes, f"{slot} is not as planned"
 
 
 class _Memory:
@@ -130,15 +132,12 @@ class _Memory:
         self._free = self._limit = limit
         self._changed = threading.Condition()
 
-    def take(self, nbytes: int, running: Iterable[Future[None]]) -> None:
-        """Wait until there is room; raise what one of those in work raised."""
+    def take(self, nbytes: int) -> None:
+        """Wait until there is room."""
         nbytes = min(nbytes, self._limit)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= nbytes)
             self._free -= nbytes
-        for one in running:
-            if one.done():
-                one.result()
 
     def give(self, nbytes: int) -> None:
         """Free what was taken."""

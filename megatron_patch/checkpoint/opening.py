@@ -70,7 +70,7 @@ def wanted(args: ConvertArgs) -> Wanted:
         layout=Layout(args.tensor_model_parallel_size, pipeline, *sizes),
         naming=args.naming or "local",
         expert_layout=args.expert_layout or "sequential",
-        make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+        make_vocab_size_divisible_by=args.make_vocab_size_divisible_by or Wanted.make_vocab_size_divisible_by,
         extra_vocab_size=args.extra_vocab_size,
         replicate_kv_heads=args.replicate_kv_heads,
     )

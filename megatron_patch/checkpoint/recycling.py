@@ -52,24 +52,22 @@ class Pool:
 
     def _take(self, nbytes: int) -> Tensor:
         with self._lock:
-            fitting = [i for i, block in enumerate(self._free) if block.numel() >= nbytes]
-            if fitting:
-                block = self._free.pop(min(fitting, key=lambda i: self._free[i].numel()))
-            else:
-                self._shrink(nbytes)
-                block = torch.empty(nbytes, dtype=torch.uint8)
-            self._used += block.numel()
-            return block
+            self._used += nbytes
+            # The layers of a model are alike: a block of the very size is there, or will be wanted again.
+            fitting = next((i for i, block in enumerate(self._free) if block.numel() == nbytes), None)
+            if fitting is not None:
+                return self._free.pop(fitting)
+            self._shrink()
+        return torch.empty(nbytes, dtype=torch.uint8)
 
     def _give(self, blocks: Sequence[Tensor]) -> None:
         with self._lock:
-            # The largest serve every later request; small ones go first where there are too many.
-            self._free = sorted([*self._free, *blocks], key=Tensor.numel)
             self._used -= sum(block.numel() for block in blocks)
-            self._shrink(0)
+            self._free += blocks
+            self._shrink()
 
-    def _shrink(self, wanted: int) -> None:
-        while self._free and self._used + wanted + sum(block.numel() for block in self._free) > self._limit:
+    def _shrink(self) -> None:
+        while self._free and self._used + sum(block.numel() for block in self._free) > self._limit:
             self._free.pop(0)
 
 

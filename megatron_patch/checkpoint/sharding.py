@@ -62,17 +62,24 @@ def _split_of(name: str, parameter: torch.nn.Parameter) -> Split:
 # ----------------------------------------------------------------------------------------------------- tensor parallel
 
 
-def cut(tensor: Tensor, split: Split, ranks: int) -> tuple[Tensor, ...]:
-    """The piece of each rank, contiguous; the whole tensor for every rank where it is not cut."""
+def blocks(tensor: Tensor, split: Split, ranks: int) -> tuple[tuple[Tensor, ...], ...]:
+    """The piece of each rank, as the blocks that stand one after the other in it: views, nothing is copied.
+
+    The whole tensor for every rank where it is not cut.
+    """
     if split.axis is None or ranks == 1:
-        return (tensor,) * ranks
+        return ((tensor,),) * ranks
     rows = tensor.shape[split.axis]
     assert rows % (split.stride * ranks) == 0, f"{rows} do not fall into {split.stride} x {ranks} parts"
-    blocks = [block.chunk(ranks, split.axis) for block in tensor.chunk(split.stride, split.axis)]
-    return tuple(
-        torch.cat(pieces, split.axis) if len(pieces) > 1 else pieces[0].contiguous()
-        for pieces in zip(*blocks, strict=True)
-    )
+    assert split.stride == 1 or split.axis == 0, "blocks of another axis do not stand one after the other"
+    strips = (block.chunk(ranks, split.axis) for block in tensor.chunk(split.stride, split.axis))
+    return tuple(zip(*strips, strict=True))
+
+
+def cut(tensor: Tensor, split: Split, ranks: int) -> tuple[Tensor, ...]:
+    """The piece of each rank, contiguous; the whole tensor for every rank where it is not cut."""
+    pieces = blocks(tensor, split, ranks)
+    return tuple(torch.cat(piece) if len(piece) > 1 else piece[0].contiguous() for piece in pieces)
 
 
 def join(pieces: Sequence[Tensor], split: Split) -> Tensor:

@@ -1,6 +1,6 @@
 """What shortens the start: Python takes seconds to import torch and megatron-core, and to describe a large model.
 
-It imports nothing heavy, and knows no formats.
+It imports nothing heavy, and knows no formats, only where a checkpoint's files lie.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from megatron_patch.checkpoint import directory
 
 _BYTES = 2**31
 
@@ -21,6 +23,11 @@ def read_ahead(path: str | Path) -> None:
 
 
 def _advise(path: Path) -> None:
+    with suppress(OSError, ValueError):
+        _advise_all(directory.locate(path)[1] if directory.is_megatron(path) else path)
+
+
+def _advise_all(path: Path) -> None:
     left = _BYTES
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         size = min(file.stat().st_size, left)

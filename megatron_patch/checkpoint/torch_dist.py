@@ -31,8 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_patch.checkpoint.archive import ALIGNMENT, Skeleton, skeleton
 from megatron_patch.checkpoint.directory import METADATA, RELEASE
-from megatron_patch.checkpoint.formats import FileLayout, MegatronSource, Part, Slot, Target
-from megatron_patch.checkpoint.hf_format import file_states
+from megatron_patch.checkpoint.formats import FileLayout, MegatronSource, Part, Slot, Target, count_files, file_states
 from megatron_patch.checkpoint.huggingface import TensorInfo
 from megatron_patch.checkpoint.megatron import Reader, chunk_of
 from megatron_patch.checkpoint.whole import WholeModel
@@ -51,7 +50,7 @@ class TorchDistSource(MegatronSource):
         self.path = self.weights_folder = directory
         self.config_folder, self.model, self._reader = config_folder, model, reader
         reader.check(model.blueprint)
-        self.kind = f"torch_dist, {len(reader.files)} files"
+        self.kind = f"torch_dist, {count_files(reader.files)}"
         key = model.blueprint.key
         self.infos = {one.name: TensorInfo(reader.dtype(key(one.name)), one.shape) for one in model.claims.values()}
 
@@ -84,7 +83,7 @@ class TorchDistTarget(Target):
         limit = _file_limit(sum(info.nbytes for info in self.infos.values()))
         self._parts = {name: tuple(self._place(name, limit)) for name in self.infos}
         self.payload = {file.name: file.payload for file in self._files}
-        self.kind = f"torch_dist, {len(self._files)} files"
+        self.kind = f"torch_dist, {count_files(self._files)}"
 
     def _place(self, name: str, limit: int) -> Iterator[Part]:
         dtype = self.infos[name].dtype
@@ -108,8 +107,8 @@ class TorchDistTarget(Target):
     def parts(self, name: str) -> tuple[Part, ...]:
         return self._parts[name]
 
-    def split(self, name: str, tensor: Tensor) -> tuple[Tensor, ...]:
-        return tuple(shard.data for shard in self._shards(name, tensor))
+    def split(self, name: str, tensor: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        return tuple((shard.data,) for shard in self._shards(name, tensor))
 
     def layout(self, file: str) -> FileLayout:
         return next(one for one in self._files if one.name == file)

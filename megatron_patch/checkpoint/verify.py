@@ -9,7 +9,7 @@ no training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +182,14 @@ def verify(
 ) -> VerifyReport:
     """Compare two checkpoints: `open_pair` and `compare` in one."""
     return compare(open_pair(first, second, level, hf_config=hf_config, trust_pickle=trust_pickle), **how)
+
+
+def prove(source: str | Path, target: str | Path, *, was_cast: bool = False, **ways: Any) -> Iterator[VerifyReport]:
+    """All that can be proven of a conversion: every tensor, bit by bit; then logits, where one of the two is a Hugging
+    Face directory and no dtype was changed on purpose (which may change them by more than the bounds)."""
+    yield verify(source, target, "checksums", **ways, was_cast=was_cast)
+    if not was_cast and layout.is_huggingface(source) != layout.is_huggingface(target):
+        yield verify(source, target, "logits", **ways)
 
 
 def _samples(hf: Path, texts: Sequence[tuple[str, str]] | None, max_tokens: int) -> list[tuple[str, list[int]]]:

@@ -47,6 +47,11 @@ class WholeModel:
         pairs = ((one.hf, one.hf_shapes(self.architecture)) for one in self.claims.values())
         return {name: shape for names, shapes in pairs for name, shape in zip(names, shapes, strict=True)}
 
+    @property
+    def parameters(self) -> int:
+        """How many there are."""
+        return sum(torch.Size(shape).numel() for shape in self.blueprint.shapes.values())
+
     @cached_property
     def repeats(self) -> dict[str, str]:
         """Hugging Face tensors that a checkpoint may have as mere copies of another one -> that one."""

@@ -9,6 +9,7 @@ Parses, validates, runs and prints the reports; all else is in `megatron_patch.c
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 import tyro
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; what goes wrong is raised, a user's mistake as ValueError."""
     args = tyro.cli(ConvertArgs, args=argv, prog="megatron-patch convert", config=(tyro.conf.FlagCreatePairsOff,))
     args.validate()
-    if args.workers > 1 and "RANK" not in os.environ:
+    if args.workers > 1 and not args.dry_run and "RANK" not in os.environ:
         processes.run_again(args.workers, ["convert", *(argv or [])])
     if not args.dry_run:
         read_ahead(args.source)
@@ -29,21 +30,25 @@ def main(argv: list[str] | None = None) -> int:
         from megatron_patch.checkpoint import console
         from megatron_patch.checkpoint.convert import convert, plan
         from megatron_patch.checkpoint.opening import wanted
+        from megatron_patch.checkpoint.verify import prove
 
     options = {"hf_config": args.hf_config, "trust_pickle": args.trust_pickle}
     if args.dry_run:
         console.show_plan(plan(args.source, wanted(args), dry_run=True, **options), args)
         return 0
-    with console.ProgressBar() as progress:
-        report = convert(
-            args.source,
-            args.target,
-            wanted(args),
-            overwrite=args.overwrite,
-            resume=args.resume,
-            progress=progress,
-            **options,
-        )
-    if int(os.environ.get("RANK", 0)):
+    is_first = os.environ.get("RANK", "0") == "0"
+    how = {"overwrite": args.overwrite, "resume": args.resume}
+    with console.ProgressBar() if is_first else nullcontext() as progress:
+        report = convert(args.source, args.target, wanted(args), progress=progress, **how, **options)
+    if not is_first:
         return 0
-    return console.finish_conversion(report, args)
+    console.show_conversion(report)
+    if args.json:
+        console.write_json(report, args.json)
+    if not args.verify:
+        return 0
+    proofs = prove(args.source, args.target, was_cast=bool(args.dtype), **options)
+    is_same = all([console.show_verification(proof) for proof in proofs])
+    if args.dtype:
+        print(f"verify: logits are not compared: --dtype {args.dtype} may change them; `verify` alone has bounds")
+    return 0 if is_same else 1

@@ -7,7 +7,7 @@ import random
 import warnings
 import zlib
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,17 +167,17 @@ def write(target: Any, tensors: Mapping[str, torch.Tensor], root: Path) -> Path:
         slots[file] = planned.slots
         assert payload == sum(slot.hole.nbytes for slot in planned.slots.values())
     for name, tensor in tensors.items():
-        for part, piece in zip(target.parts(name), target.split(name, tensor), strict=True):
-            _put(root / part.file, slots[part.file].pop(part.slot), piece, part.nbytes)
+        for part, blocks in zip(target.parts(name), target.split(name, tensor), strict=True):
+            _put(root / part.file, slots[part.file].pop(part.slot), blocks, part.nbytes)
     assert not any(slots.values())
     target.finish(root)
     return root / "release"
 
 
-def _put(file: Path, slot: Any, piece: torch.Tensor, nbytes: int) -> None:
+def _put(file: Path, slot: Any, blocks: Iterable[torch.Tensor], nbytes: int) -> None:
     from megatron_patch.checkpoint.archive import write_crc
 
-    data = piece.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    data = b"".join(block.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for block in blocks)
     assert len(data) == nbytes == slot.hole.nbytes
     with open(file, "r+b", buffering=0) as stream:
         stream.seek(slot.start + slot.hole.offset)

@@ -44,7 +44,9 @@ RULES = {
     ),
     "checkpoint.archive": Rule(never=("megatron", "transformers", "safetensors", *_COMMAND_LINE)),
     "checkpoint.arguments": Rule(may=("checkpoint.directory",), never=("torch", "megatron", "transformers", "tyro")),
-    "checkpoint.startup": Rule(never=("torch", "megatron", "transformers", *_COMMAND_LINE)),
+    "checkpoint.startup": Rule(
+        may=("checkpoint.directory",), never=("torch", "megatron", "transformers", *_COMMAND_LINE)
+    ),
     "checkpoint.crew": Rule(never=("megatron", "transformers", *_COMMAND_LINE)),
     "checkpoint.manifest": Rule(
         may=("checkpoint.directory",), never=("megatron", "transformers", "torch.distributed", *_COMMAND_LINE)
