@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 """Called after each tensor with its name, the bytes done and the bytes in all."""
 
 THREADS = 2
-MEMORY = 600 * 2**20
+MEMORY = 560 * 2**20
 """Bytes of tensors that may be in work at a time; a tensor that alone needs more is worked on alone."""
 
 _SETTLE = 2**28
