@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.tokenizer.conventions import CONVENTIONS, recognise, remote_classes
 from megatron_patch.tokenizer.encoder import EncoderRecipe
 
 # Every file from which transformers may build a tokenizer; together they say whether two directories tokenize alike.
@@ -134,9 +135,28 @@ def _load_hf(path: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        # Published code goes first where the user wants it to run; otherwise its vocabulary files are read without it.
+        recognised = None if trust_remote_code else recognise(path)
+        if recognised is not None:
+            from megatron_patch.tokenizer.published import build
+
+            return build(recognised)
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise ValueError(f"cannot load the tokenizer in {str(path)!r}: {error}") from error
+        advice = "" if trust_remote_code else _advice(path)
+        raise ValueError(f"cannot load the tokenizer in {str(path)!r}: {error}{advice}") from error
+
+
+def _advice(path: Path) -> str:
+    """What to do about a tokenizer that is Python code of the directory."""
+    classes = ", ".join(f"{name} ({module}.py)" for module, name in remote_classes(path))
+    known = ", ".join(sorted({f"{row.names[0]}: {row.file}" for row in CONVENTIONS}))
+    return (
+        f"\n{classes} is Python code of the directory. Read without its code are {known}; "
+        "for the others give --trust-remote-code, which runs that code"
+        if classes
+        else ""
+    )
 
 
 def _digest(files: tuple[Path, ...]) -> str:
