@@ -20,6 +20,11 @@ class ParallelArgs:
     """Processes that share each layer."""
     pipeline_model_parallel_size: int = 1
     """Processes that share the layers among them, in stages."""
+    expert_model_parallel_size: int = 1
+    """Processes that share the experts among them: data-parallel ones, or those that --expert-tensor-parallel-size
+    leaves over of the tensor-parallel ones."""
+    expert_tensor_parallel_size: int | None = None
+    """Processes that share each expert (default: as many as the other layers')."""
     sequence_parallel: bool = False
     """Split activations along the sequence where tensor parallelism would repeat them; needs tensor parallelism."""
     use_distributed_optimizer: bool = False
@@ -32,15 +37,33 @@ class ParallelArgs:
         """Processes that hold one copy of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
+    @property
+    def expert_parallel_size(self) -> int:
+        """Processes that hold the experts of one layer."""
+        return self.expert_model_parallel_size * (self.expert_tensor_parallel_size or self.tensor_model_parallel_size)
+
     def problems(self) -> list[str]:
         """Everything that is wrong with these values."""
-        found = [f"--{_flag(n)} {getattr(self, n)}: must be at least 1" for n in _SIZES if getattr(self, n) < 1]
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        found = [
+            f"--{_flag(n)} {size}: must be at least 1" for n, size in sizes.items() if size is not None and size < 1
+        ]
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             found.append("--sequence-parallel: needs --tensor-model-parallel-size of at least 2")
+        if self.expert_model_parallel_size > 1 and self.tensor_model_parallel_size > 1 and not self.sequence_parallel:
+            found.append(
+                f"--expert-model-parallel-size {self.expert_model_parallel_size}: with --tensor-model-parallel-size "
+                f"{self.tensor_model_parallel_size} it needs --sequence-parallel"
+            )
         return found
 
 
-_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
 
 
 @dataclass(frozen=True)
@@ -234,6 +257,7 @@ def plan(args: PretrainArgs, world_size: int) -> Plan:
             f"{args.tensor_model_parallel_size} x --pipeline-model-parallel-size {args.pipeline_model_parallel_size}"
         )
     data_parallel_size = world_size // args.model_parallel_size
+    _check_experts(args, data_parallel_size)
     step = args.micro_batch_size * data_parallel_size
     batch = args.global_batch_size or step
     if batch % step:
@@ -250,6 +274,19 @@ def plan(args: PretrainArgs, world_size: int) -> Plan:
     if warmup >= decay:
         raise ValueError(f"the warm-up of {warmup} iterations must end before the decay does, at {decay}")
     return Plan(data_parallel_size, batch, batch // step, iters, warmup, decay)
+
+
+def _check_experts(args: PretrainArgs, data_parallel_size: int) -> None:
+    tensor, expert = args.tensor_model_parallel_size, args.expert_model_parallel_size
+    expert_tensor, processes = args.expert_tensor_parallel_size or tensor, tensor * data_parallel_size
+    if processes % args.expert_parallel_size:
+        free = processes // expert_tensor
+        choices = [str(n) for n in range(1, free + 1) if processes % (n * expert_tensor) == 0]
+        raise ValueError(
+            f"--expert-model-parallel-size {expert} x --expert-tensor-parallel-size {expert_tensor} must divide "
+            f"--tensor-model-parallel-size {tensor} x data-parallel size {data_parallel_size} = {processes}; choose "
+            f"--expert-model-parallel-size {' or '.join(choices) or '1 and a smaller --expert-tensor-parallel-size'}"
+        )
 
 
 def _flag(name: str) -> str:

@@ -47,15 +47,22 @@ class Layout:
     pipeline: int
     data: int
     distributed_optimizer: bool
+    expert: int = 1
+    expert_tensor: int | None = None
+    """None where it is as large as `tensor`, as in checkpoints from before it could be chosen."""
 
     @classmethod
     def current(cls, distributed_optimizer: bool) -> Layout:
         """The layout of the initialised parallel state."""
+        tensor = parallel_state.get_tensor_model_parallel_world_size()
+        experts = parallel_state.get_expert_tensor_parallel_world_size()
         return cls(
-            parallel_state.get_tensor_model_parallel_world_size(),
+            tensor,
             parallel_state.get_pipeline_model_parallel_world_size(),
             parallel_state.get_data_parallel_world_size(),
             distributed_optimizer,
+            parallel_state.get_expert_model_parallel_world_size(),
+            None if experts == tensor else experts,
         )
 
 

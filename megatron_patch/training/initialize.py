@@ -29,13 +29,15 @@ def initialize(
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
     *,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     seed: int = 1234,
     timeout_minutes: int = 10,
 ) -> None:
     """Join the processes and lay them out.
 
     Raises:
-        ValueError: the number of processes is no multiple of tensor x pipeline parallel size.
+        ValueError: the number of processes is no multiple of tensor x pipeline parallel size, or of what experts need.
     """
     # It announces that it is off, which it always is here.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
@@ -47,10 +49,19 @@ def initialize(
             f"tensor_model_parallel_size={tensor_model_parallel_size} x pipeline_model_parallel_size="
             f"{pipeline_model_parallel_size} must divide the number of processes, {world}"
         )
+    experts = expert_model_parallel_size * (expert_tensor_parallel_size or tensor_model_parallel_size)
+    if world // pipeline_model_parallel_size % experts:
+        raise ValueError(
+            f"expert_model_parallel_size={expert_model_parallel_size} x expert_tensor_parallel_size="
+            f"{expert_tensor_parallel_size or tensor_model_parallel_size} must divide the "
+            f"{world // pipeline_model_parallel_size} processes of a pipeline stage"
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size,
         pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size,
         create_gloo_process_groups=torch.cuda.is_available(),
         distributed_timeout_minutes=timeout_minutes,
     )

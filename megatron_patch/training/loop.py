@@ -39,6 +39,8 @@ def pretrain(args: PretrainArgs) -> Progress:
     initialize(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         seed=args.seed,
         timeout_minutes=args.distributed_timeout_minutes,
     )
@@ -271,9 +273,16 @@ def _announcement(run: Run) -> str:
         (
             f"{run.architecture.family.name}: {config['num_layers']} layers, hidden {config['hidden_size']}, "
             f"vocabulary {run.architecture.vocab_size}",
-            "TP {} x PP {} x DP {}".format(*sizes),
+            "TP {} x PP {} x DP {}".format(*sizes) + _experts(run),
             "global batch {} = {} micro-batches x {} x {} tokens".format(derived.global_batch_size, *batch),
             f"{training_dtype(args)}".removeprefix("torch."),
             f"iterations {run.progress.iteration} to {derived.train_iters}",
         )
     )
+
+
+def _experts(run: Run) -> str:
+    args = run.args
+    tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    has_experts = any(run.architecture.moe_layers)
+    return f", experts TP {tensor} x EP {args.expert_model_parallel_size}" if has_experts else ""

@@ -71,11 +71,18 @@ def set_up(args: PretrainArgs) -> Run:
 
 
 def _config(args: PretrainArgs, architecture: Architecture) -> TransformerConfig:
+    if any(architecture.moe_layers) and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: a model with experts needs "
+            "--sequence-parallel as well, or a tensor parallel size of 1"
+        )
     return transformer_config(
         architecture,
         training_dtype(args),
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         sequence_parallel=args.sequence_parallel,
         # Where every position counts, dividing each micro-batch's loss is the same and spares a pass over gradients.
         calculate_per_token_loss=args.eod_mask_loss,

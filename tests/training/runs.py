@@ -13,12 +13,13 @@ from megatron_patch.training.metrics import read_records
 VOCAB = 300
 
 
-def make_workplace(place: Path) -> Path:
-    """A directory with hf/ (model and tokenizer), megatron/ (converted) and data_text_document.{bin,idx}."""
+def make_workplace(place: Path, model: Any = None) -> Path:
+    """A directory with hf/ (model, a Llama unless given, and tokenizer), megatron/ (converted) and
+    data_text_document.{bin,idx}."""
     from megatron_patch.checkpoint.convert import convert
     from tests.tiny import hf_llama
 
-    hf_llama(vocab_size=VOCAB, tie_word_embeddings=True).save_pretrained(place / "hf")
+    (model or hf_llama(vocab_size=VOCAB, tie_word_embeddings=True)).save_pretrained(place / "hf")
     _tokenizer().save_pretrained(place / "hf")
     convert(str(place / "hf"), str(place / "megatron"))
     _dataset(place / "data_text_document")
