@@ -66,19 +66,48 @@ class Rope:
     parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """What the type needs besides theta: factor, low_freq_factor, beta_fast, ..."""
 
+    fraction: float = 1.0
+    """The part of a head's channels that rotates: the first ones."""
+
+    axes: int = 1
+    """Of how many positions each token has one: with two, each turns one half of a head (weights.TwoAxes)."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Learned position embeddings."""
+
+    rows: int
+    offset: int = 0
+    """The row of position 0."""
+
 
 @dataclass(frozen=True)
 class Swap:
     """Puts one of our layers in the place of one of megatron-core's in the layer spec."""
 
     at: str
-    """Where, as a path of submodules: ``self_attention.linear_proj``."""
+    """Where, as a path of submodules: ``self_attention.linear_proj``; nothing for the layer itself."""
 
     layer: str
     """Which, as ``module.Class`` below megatron_patch.layers."""
 
     when: Callable[[HFConfig], bool] = lambda hf: True
     """Whether this config asks for it."""
+
+
+@dataclass(frozen=True)
+class Amendment:
+    """Adds what megatron-core's model has no place for, once it is built."""
+
+    function: str
+    """Which of ours, as ``module.function`` below megatron_patch.layers; it is called with the model and `options`."""
+
+    when: Callable[[HFConfig], bool] = lambda hf: True
+    """Whether this config asks for it."""
+
+    options: Callable[[HFConfig], Mapping[str, Any]] = lambda hf: {}
+    """What else it is called with, by name."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +118,12 @@ class Family:
     hf_types: tuple[str, ...]
     """Values of ``model_type`` in config.json that belong to this family."""
 
+    models: str
+    """Published models of it."""
+
+    special: str
+    """What is special about it, for the table of families."""
+
     config: Mapping[str, str | Callable[[HFConfig], Any]]
     """TransformerConfig field <- config field, or a function of the config."""
 
@@ -98,17 +133,35 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """TransformerConfig fields that are the same for every member."""
 
+    matches: Callable[[Mapping[str, Any]], bool] = lambda values: True
+    """Tells its config.json from those of other families with the same ``model_type``."""
+
+    reference: str = "transformers"
+    """What its tests compare it with: transformers, or a plain module of ours (``tests/reference``)."""
+
+    vocab_size: str = "vocab_size"
+    """The config field with the number of rows of the embedding."""
+
+    max_position_embeddings: str | Callable[[HFConfig], int] = "max_position_embeddings"
+    """The config field with the longest text it is meant for."""
+
     activation: Callable[[HFConfig], str] = lambda hf: hf.get("hidden_act", "silu")
     """The Hugging Face name of the MLP's activation function."""
 
     rope: Callable[[HFConfig], Rope | None] = lambda hf: None
     """Its rotary embedding, if any."""
 
+    positions: Callable[[HFConfig], Positions | None] = lambda hf: None
+    """Its learned position embeddings, if any."""
+
     tied: Callable[[HFConfig], bool] = lambda hf: hf.get("tie_word_embeddings", False)
     """Whether the output layer shares the embedding's weight."""
 
     swaps: tuple[Swap, ...] = ()
     """Layers of ours in place of megatron-core's."""
+
+    amendments: tuple[Amendment, ...] = ()
+    """What is added to the model as a whole."""
 
     inert: Mapping[str, Callable[[Any], bool]] = field(default_factory=lambda: MappingProxyType({}))
     """Config fields that have no effect as long as their value passes the test."""
@@ -132,16 +185,18 @@ class Family:
             ValueError: a field is missing, has a value we do not honour, or is one this family does not know.
         """
         hf = HFConfig(values)
-        config = {name: source(hf) if callable(source) else hf[source] for name, source in self.config.items()}
+        config = {name: _value(hf, source) for name, source in self.config.items()}
         architecture = Architecture(
             family=self,
             config=MappingProxyType({**self.fixed, **config}),
             activation=self.activation(hf),
-            vocab_size=hf["vocab_size"],
-            max_position_embeddings=hf["max_position_embeddings"],
+            vocab_size=hf[self.vocab_size],
+            max_position_embeddings=_value(hf, self.max_position_embeddings),
             rope=self.rope(hf),
+            positions=self.positions(hf),
             tied=self.tied(hf),
             swaps=tuple(swap for swap in self.swaps if swap.when(hf)),
+            amendments=tuple((one.function, one.options(hf)) for one in self.amendments if one.when(hf)),
             plan_only=self.quantized(hf),
         )
         self._refuse_unknown(hf)
@@ -152,6 +207,10 @@ class Family:
             if name in _INERT or (name in self.inert and self.inert[name](value)):
                 continue
             raise ValueError(f"config.json: family {self.name} does not honour {name}={value!r}; refusing to ignore it")
+
+
+def _value(hf: HFConfig, source: str | Callable[[HFConfig], Any]) -> Any:
+    return source(hf) if callable(source) else hf[source]
 
 
 @dataclass(frozen=True)
@@ -168,8 +227,12 @@ class Architecture:
 
     max_position_embeddings: int
     rope: Rope | None
+    positions: Positions | None
     tied: bool
     swaps: tuple[Swap, ...]
+    amendments: tuple[tuple[str, Mapping[str, Any]], ...]
+    """Functions of ours and what they are called with, besides the model."""
+
     plan_only: str = ""
     """Why this model may be planned (a dry run) but its weights not be converted; empty where they may."""
 
@@ -210,8 +273,37 @@ class Architecture:
 
 # ------------------------------------------------------------------------------------------ pieces that families share
 
+
+def sizes(layers: str, hidden: str, heads: str, attention_dropout: str = "attention_dropout") -> dict[str, Any]:
+    """TransformerConfig fields of a model whose heads all have keys and values of their own.
+
+    Args:
+        layers, hidden, heads, attention_dropout: names of the config fields.
+    """
+    return {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_query_groups": heads,
+        "kv_channels": lambda hf: hf[hidden] // hf[heads],
+        "attention_dropout": lambda hf: hf.get(attention_dropout, 0.0),
+        "init_method_std": lambda hf: hf.get("initializer_range", 0.02),
+    }
+
+
+def only(value: Any, *names: str) -> dict[str, Callable[[Any], bool]]:
+    """Config fields that have no effect as long as they have this value."""
+    return dict.fromkeys(names, lambda found: found == value)
+
+
+def anything(*names: str) -> dict[str, Callable[[Any], bool]]:
+    """Config fields that have no effect, whatever their value."""
+    return dict.fromkeys(names, lambda found: True)
+
+
 _ROPE_REQUIRED: Mapping[str, tuple[str, ...]] = {
     "default": (),
+    "ntk_steps": ("original_max_position_embeddings",),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -224,8 +316,18 @@ _ROPE_OPTIONAL: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def rope_from_config(hf: HFConfig, default_theta: float = 10000.0) -> Rope:
+def rope_from_config(
+    hf: HFConfig,
+    default_theta: float = 10000.0,
+    default_length: int | None = None,
+    default_fraction: float | None = None,
+) -> Rope:
     """Read ``rope_parameters`` (transformers 5), or ``rope_theta`` with ``rope_scaling`` (before).
+
+    Args:
+        default_theta: where the config says nothing.
+        default_length: instead of ``max_position_embeddings`` where that is missing.
+        default_fraction: of a family that honours ``partial_rotary_factor``, where that is missing.
 
     Raises:
         ValueError: an unknown type, a parameter that is missing or that the type does not have.
@@ -235,6 +337,10 @@ def rope_from_config(hf: HFConfig, default_theta: float = 10000.0) -> Rope:
     kind = given.pop("rope_type", None) or legacy or "default"
     theta = given.pop("rope_theta", None) or hf.get("rope_theta", default_theta)
     hf.get("rope_theta")
+    fraction = 1.0
+    if default_fraction is not None:
+        fraction = hf.get("partial_rotary_factor", default_fraction)
+        fraction = given.pop("partial_rotary_factor", None) or fraction
     if kind not in _ROPE_REQUIRED:
         raise ValueError(f"config.json: rope_type={kind!r} is not supported; choose one of {', '.join(_ROPE_REQUIRED)}")
     if missing := [name for name in _ROPE_REQUIRED[kind] if given.get(name) is None]:
@@ -243,4 +349,5 @@ def rope_from_config(hf: HFConfig, default_theta: float = 10000.0) -> Rope:
     if unknown := sorted(name for name, value in given.items() if name not in known and value is not None):
         raise ValueError(f"config.json: rope_type={kind!r} does not honour {', '.join(unknown)}")
     parameters = MappingProxyType({name: value for name, value in given.items() if value is not None})
-    return Rope(kind, float(theta), hf["max_position_embeddings"], parameters)
+    length = hf.get("max_position_embeddings", default_length) or hf["max_position_embeddings"]
+    return Rope(kind, float(theta), length, parameters, fraction)

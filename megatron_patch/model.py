@@ -28,10 +28,11 @@ from megatron_patch.backend.core_versions import submodules, with_module
 from megatron_patch.backend.local_layers import mend_local_layers
 from megatron_patch.family import Architecture
 from megatron_patch.layers.attention import SDPAttention
+from megatron_patch.layers.embedding import offset_positions
 from megatron_patch.layers.experts import SequentialExperts
 from megatron_patch.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_patch.layers.norm import LayerNorm, RMSNorm
-from megatron_patch.layers.rotary import Rotary, attention_factor
+from megatron_patch.layers.rotary import LatentRotary, Rotary, attention_factor
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -190,7 +191,10 @@ def layer_spec(architecture: Architecture, config: TransformerConfig, moe: bool 
         owner = layer
         for name in path:
             owner = submodules(getattr(owner, name))
-        setattr(owner, last, _layer_class(swap.layer))
+        if last:
+            setattr(owner, last, _ours(swap.layer))
+        else:
+            spec = with_module(spec, _ours(swap.layer))
     return spec
 
 
@@ -232,9 +236,9 @@ def _checkpoint_keys(config: TransformerConfig, moe: bool) -> dict[str, str]:
     return {**latents, **keys}
 
 
-def _layer_class(name: str) -> type:
-    module, cls = name.split(".")
-    return getattr(import_module(f"megatron_patch.layers.{module}"), cls)
+def _ours(name: str) -> Any:
+    module, what = name.split(".")
+    return getattr(import_module(f"megatron_patch.layers.{module}"), what)
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, divisible_by: int = 128) -> int:
@@ -261,27 +265,43 @@ def build_model(
         vp_stage: which model chunk, with virtual pipeline stages.
         parallel_output: leave the logits split over tensor-parallel ranks.
     """
-    last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    last, positions = (
+        parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        architecture.positions,
+    )
     model = GPTModel(
         config,
         _block_spec(architecture, config, vp_stage),
         vocab_size=padded_vocab_size(
             architecture.vocab_size, config.tensor_model_parallel_size, make_vocab_size_divisible_by
         ),
-        max_sequence_length=architecture.max_position_embeddings,
+        max_sequence_length=positions.rows if positions else architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=last,
         parallel_output=parallel_output,
         share_embeddings_and_output_weights=architecture.tied,
-        position_embedding_type="none" if architecture.rope is None else "rope",
+        position_embedding_type="learned_absolute" if positions else "rope" if architecture.rope else "none",
         mtp_block_spec=_mtp_spec(architecture, config) if last and config.mtp_num_layers else None,
         vp_stage=vp_stage,
     )
-    if architecture.rope is not None:
-        model.rotary_pos_emb = Rotary(architecture.rope, config.kv_channels)
+    _amend(model, architecture)
     if model.post_process and model.vocab_size > architecture.vocab_size:
         model.output_layer.register_forward_hook(partial(_hide_padding, model.vocab_size, architecture.vocab_size))
     return model
+
+
+def _amend(model: GPTModel, architecture: Architecture) -> None:
+    """What core's GPTModel has no place for, or builds for itself."""
+    config, model.max_sequence_length = model.config, architecture.max_position_embeddings
+    if architecture.rope is not None and not config.multi_latent_attention:
+        model.rotary_pos_emb = Rotary(architecture.rope, config.kv_channels, config.rotary_interleaved)
+    if config.multi_latent_attention:
+        for layer in model.decoder.layers:
+            layer.self_attention.rotary_pos_emb = LatentRotary(layer.self_attention.rotary_pos_emb)
+    if architecture.positions:
+        offset_positions(model, architecture.positions.offset)
+    for function, options in architecture.amendments:
+        _ours(function)(model, **options)
 
 
 def _block_spec(

@@ -63,6 +63,18 @@ class Copy(Rule):
         return (tensor,)
 
 
+def copies(
+    places: Mapping[str, str], ours: str = "", theirs: str = "", parts: Iterable[str] = ("weight", "bias")
+) -> tuple[Copy, ...]:
+    """A `Copy` for each parameter of some modules.
+
+    Args:
+        places: internal module -> Hugging Face module.
+        ours, theirs: what stands before their names.
+    """
+    return tuple(Copy(f"{ours}{a}.{w}", f"{theirs}{b}.{w}") for a, b in places.items() for w in parts)
+
+
 class QKV(Rule):
     """Separate Q, K, V projections (weights or biases) merged per query group.
 
@@ -82,6 +94,18 @@ class QKV(Rule):
         return tuple(part.reshape(-1, *rest) for part in grouped.split([queries, 1, 1], dim=1))
 
 
+class StackedQKV(QKV):
+    """One projection that holds all queries, then all keys, then all values."""
+
+    def to_internal(self, tensors: Sequence[Tensor], heads: Heads) -> Tensor:
+        (tensor,) = tensors
+        keys = heads.num_query_groups * heads.kv_channels
+        return super().to_internal(tensor.split([len(tensor) - 2 * keys, keys, keys]), heads)
+
+    def to_hf(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return (torch.cat(super().to_hf(tensor, heads)),)
+
+
 class Stack(Rule):
     """Equal parts stacked along the first axis, such as gate over up."""
 
@@ -90,6 +114,64 @@ class Stack(Rule):
 
     def to_hf(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
         return tensor.chunk(len(self.hf))
+
+
+class Exchanged(Rule):
+    """One tensor of two parts that stand the other way round, such as up over gate."""
+
+    def to_internal(self, tensors: Sequence[Tensor], heads: Heads) -> Tensor:
+        (tensor,) = tensors
+        return torch.cat(tensor.chunk(2)[::-1])
+
+    def to_hf(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return (torch.cat(tensor.chunk(2)[::-1]),)
+
+
+@dataclass(frozen=True)
+class Transposed(Rule):
+    """Another rule, for matrices that are stored with inputs before outputs."""
+
+    rule: Rule
+    """The rule for those matrices, transposed."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__(rule.internal, *rule.hf)
+        object.__setattr__(self, "rule", rule)
+
+    def to_internal(self, tensors: Sequence[Tensor], heads: Heads) -> Tensor:
+        return self.rule.to_internal([tensor.T for tensor in tensors], heads)
+
+    def to_hf(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return tuple(part.T for part in self.rule.to_hf(tensor, heads))
+
+
+@dataclass(frozen=True)
+class TwoAxes(Rule):
+    """Another rule for queries, keys and values, of heads whose halves turn with two different positions.
+
+    Published, each half of a head [A | B] is rotated by itself, [A1 A2 | B1 B2]; megatron-core rotates a head whole,
+    [A1 B1 | A2 B2]. Exchanging A2 and B1 in queries and keys alike leaves their products as they are; it undoes itself.
+    """
+
+    rule: Rule
+    """The rule for the projection with its channels as published."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__(rule.internal, *rule.hf)
+        object.__setattr__(self, "rule", rule)
+
+    def to_internal(self, tensors: Sequence[Tensor], heads: Heads) -> Tensor:
+        return self._exchange(self.rule.to_internal(tensors, heads), heads)
+
+    def to_hf(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return self.rule.to_hf(self._exchange(tensor, heads), heads)
+
+    @staticmethod
+    def _exchange(tensor: Tensor, heads: Heads) -> Tensor:
+        rest = tensor.shape[1:]
+        grouped = tensor.reshape(heads.num_query_groups, -1, heads.kv_channels, *rest)
+        turned = grouped[:, :-1].unflatten(2, (2, 2, heads.kv_channels // 4)).transpose(2, 3).flatten(2, 4)
+        return torch.cat((turned, grouped[:, -1:]), dim=1).reshape(-1, *rest)
 
 
 @dataclass(frozen=True)

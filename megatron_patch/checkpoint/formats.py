@@ -119,8 +119,9 @@ class MegatronSource(Source):
     """A Megatron checkpoint: it may remember the Hugging Face files that it once was."""
 
     def view(self) -> View:
-        stored = {name: self.infos[one.name].dtype for one in self.model.claims.values() for name in one.hf}
         plan, originals = load_origin(self.config_folder) or (None, {})
+        self.model = self.model.as_named(originals)
+        stored = {name: self.infos[one.name].dtype for one in self.model.claims.values() for name in one.hf}
         repeats = {name: one for name, one in self.model.repeats.items() if name in originals}
         if set(originals) != set(stored) | set(repeats):
             return View(None, stored)

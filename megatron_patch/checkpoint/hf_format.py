@@ -54,9 +54,10 @@ class HFSource(Source):
     """The weights of a Hugging Face directory."""
 
     def __init__(self, path: Path, model: WholeModel) -> None:
-        self.path, self.model, self.config_folder, self.weights_folder = path, model, path, path
+        self.path, self.config_folder, self.weights_folder = path, path, path
         self._reader = HFReader(path)
         self._found = self._reader.infos
+        self.model = model = model.as_named(self._found)
         self.ignored = self._check_tensors()
         self.kind = f"huggingface, {count_files(self._reader.plan.files)}"
         self.infos = {
@@ -74,7 +75,8 @@ class HFSource(Source):
                 raise ValueError(f"{self.path}: {name} has shape {found}; by its config it must have {shape}")
         others = [name for name in self._found if name not in wanted]
         self._repeats = {name: one for name, one in self.model.repeats.items() if name in others}
-        ignored = [name for name in others if any(re.fullmatch(one, name) for one in family.ignored_weights)]
+        whole = {name: self.model.left_out + name for name in others}
+        ignored = [name for name in others if any(re.fullmatch(one, whole[name]) for one in family.ignored_weights)]
         if extra := [name for name in others if name not in self._repeats and name not in ignored]:
             raise ValueError(f"{self.path} has tensors that family {family.name} does not know: {some(extra)}")
         return tuple(ignored)

@@ -6,7 +6,7 @@ every rank: rank 0 then also runs transformers. It knows no arguments and no tra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,8 +67,16 @@ def _reference(hf: Path, dtype: torch.dtype) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    if reason := no_reference(layout.read_config(hf)):
+        raise ValueError(f"{hf}: {reason}; compare by --level checksums")
     logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(hf, dtype=dtype).to(_device()).eval()
+
+
+def no_reference(config: Mapping[str, Any]) -> str:
+    """Why there are no logits of transformers to compare with, if so."""
+    family = family_for(config)
+    return "" if family.reference == "transformers" else f"transformers has no model of the family {family.name}"
 
 
 def _device() -> torch.device:

@@ -128,7 +128,7 @@ def open_target(source: Source, wanted: Wanted) -> Target:
     Raises:
         ValueError: the layout does not fit the model, or the format cannot hold it.
     """
-    model, view = source.model, source.view()
+    view, model = source.view(), source.model
     kind = wanted.format or ("huggingface" if isinstance(source, MegatronSource) else "torch_dist")
     if wanted.max_shard_size and kind != "huggingface":
         raise ValueError(f"max_shard_size={wanted.max_shard_size} is for writing Hugging Face files, not {kind}")

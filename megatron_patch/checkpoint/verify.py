@@ -23,7 +23,7 @@ from megatron_patch.checkpoint import directory as layout
 from megatron_patch.checkpoint.arguments import Level
 from megatron_patch.checkpoint.formats import Source
 from megatron_patch.checkpoint.huggingface import HFReader
-from megatron_patch.checkpoint.logits import TextResult, compare_logits
+from megatron_patch.checkpoint.logits import TextResult, compare_logits, no_reference
 from megatron_patch.checkpoint.opening import open_source
 from megatron_patch.checkpoint.whole import world_of_one
 from megatron_patch.tokenizer.hf import load_tokenizer, tokenizer_files
@@ -186,10 +186,20 @@ def verify(
 
 def prove(source: str | Path, target: str | Path, *, was_cast: bool = False, **ways: Any) -> Iterator[VerifyReport]:
     """All that can be proven of a conversion: every tensor, bit by bit; then logits, where one of the two is a Hugging
-    Face directory and no dtype was changed on purpose (which may change them by more than the bounds)."""
+    Face directory, no dtype was changed on purpose, and transformers has the model (see `why_no_logits`)."""
     yield verify(source, target, "checksums", **ways, was_cast=was_cast)
-    if not was_cast and layout.is_huggingface(source) != layout.is_huggingface(target):
+    if not why_no_logits(source, target, was_cast):
         yield verify(source, target, "logits", **ways)
+
+
+def why_no_logits(source: str | Path, target: str | Path, was_cast: bool) -> str:
+    """Why a conversion's logits are not compared, if so."""
+    if was_cast:
+        return "--dtype may change them; `verify` alone has bounds"
+    hf = [path for path in (source, target) if layout.is_huggingface(path)]
+    if len(hf) != 1:
+        return "that takes a Hugging Face directory and a Megatron checkpoint"
+    return no_reference(layout.read_config(hf[0]))
 
 
 def _samples(hf: Path, texts: Sequence[tuple[str, str]] | None, max_tokens: int) -> list[tuple[str, list[int]]]:

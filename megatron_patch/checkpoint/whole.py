@@ -10,9 +10,9 @@ knows no disk and no values.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any
 
@@ -23,7 +23,7 @@ from megatron.core import parallel_state
 from megatron_patch.checkpoint.megatron import Blueprint, blueprint
 from megatron_patch.checkpoint.sharding import Split, splits
 from megatron_patch.checkpoint.startup import without_garbage_collection
-from megatron_patch.family import Architecture
+from megatron_patch.family import EMBEDDING, Architecture
 from megatron_patch.model import build_model, transformer_config
 from megatron_patch.models import family_for
 from megatron_patch.weights import Claim, claim
@@ -41,6 +41,9 @@ class WholeModel:
     splits: Mapping[str, Split]
     """Internal name -> how megatron-core spreads it over ranks."""
 
+    left_out: str = ""
+    """What stands before the Hugging Face names of the family, but not of this checkpoint; see `as_named`."""
+
     @cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Hugging Face name -> shape, of every tensor that a parameter is made of."""
@@ -55,7 +58,24 @@ class WholeModel:
     @cached_property
     def repeats(self) -> dict[str, str]:
         """Hugging Face tensors that a checkpoint may have as mere copies of another one -> that one."""
-        return self.architecture.repeats
+        pairs = self.architecture.repeats.items()
+        return {one.removeprefix(self.left_out): other.removeprefix(self.left_out) for one, other in pairs}
+
+    def as_named(self, names: Collection[str]) -> WholeModel:
+        """The same model with the Hugging Face names of a checkpoint.
+
+        A model that was saved without its head has names without the one that the whole model calls the rest by
+        (GPT-2 and BLOOM: ``h.0.`` for ``transformer.h.0.``).
+        """
+        (embedding,) = self.claims[EMBEDDING].hf
+        first, _, rest = embedding.partition(".")
+        if embedding in names or rest not in names:
+            return self
+        claims = {
+            name: replace(one, hf=tuple(part.removeprefix(f"{first}.") for part in one.hf))
+            for name, one in self.claims.items()
+        }
+        return replace(self, claims=claims, left_out=f"{first}.")
 
     def stored_dtypes(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
         """Internal name -> the narrowest dtype that holds, exactly, all that megatron-core stores under the same key.

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         from megatron_patch.checkpoint import console
         from megatron_patch.checkpoint.convert import convert, plan
         from megatron_patch.checkpoint.opening import wanted
-        from megatron_patch.checkpoint.verify import prove
+        from megatron_patch.checkpoint.verify import prove, why_no_logits
 
     options = {"hf_config": args.hf_config, "trust_pickle": args.trust_pickle}
     if args.dry_run:
@@ -49,6 +49,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     proofs = prove(args.source, args.target, was_cast=bool(args.dtype), **options)
     is_same = all([console.show_verification(proof) for proof in proofs])
-    if args.dtype:
-        print(f"verify: logits are not compared: --dtype {args.dtype} may change them; `verify` alone has bounds")
+    if reason := why_no_logits(args.source, args.target, bool(args.dtype)):
+        print(f"verify: logits are not compared: {reason}")
     return 0 if is_same else 1

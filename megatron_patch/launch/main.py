@@ -34,6 +34,7 @@ class Command:
 
 COMMANDS = {
     "doctor": Command("what is installed here, which kernels are used and why, the fix for what is missing"),
+    "families": Command("which models there are, what is special about each, what it was proven against"),
     "convert": Command("Hugging Face, torch_dist and legacy checkpoints into one another, at any layout"),
     "verify": Command("prove two checkpoints the same model: names, every bit, or logits on text", parallel=True),
     "preprocess": Command("jsonl or plain text -> the .bin/.idx files that pretraining reads"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from torch import Tensor
 class _Norm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: object) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.shape = eps, (hidden_size,)
         self.weight = self._parameter(config, torch.ones(hidden_size, dtype=config.params_dtype))
 
     @staticmethod
@@ -34,6 +35,13 @@ class RMSNorm(_Norm):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class LatentRMSNorm(RMSNorm):
+    """Inside latent attention: its epsilon is 1e-6, whatever that of the other norms is (DeepSeek)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, **_unused: object) -> None:
+        super().__init__(config, hidden_size, eps=1e-6)
+
+
 class LayerNorm(_Norm):
     """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last axis."""
 
@@ -42,4 +50,11 @@ class LayerNorm(_Norm):
         self.bias = self._parameter(config, torch.zeros(hidden_size, dtype=config.params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+def without_parameters(model: GPTModel) -> None:
+    """Amends a built model: its LayerNorms have neither weights nor biases."""
+    for module in model.modules():
+        if isinstance(module, LayerNorm):
+            module.weight = module.bias = None

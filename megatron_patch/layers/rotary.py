@@ -2,7 +2,8 @@
 
 megatron-core's own knows the default and Llama 3.1's scaling with fixed constants. This one stands in for it on a built
 GPTModel, and serves positions of a key-value cache as well. Sources: Su et al. 2021 (default); kaiokendev (linear);
-bloc97 and emozilla (dynamic NTK); Llama 3.1 (llama3); Peng et al. 2023 (yarn).
+bloc97 and emozilla (dynamic NTK); Qwen (ntk_steps: the same in powers of two); Llama 3.1 (llama3); Peng et al. 2023
+(yarn).
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ class Rotary(torch.nn.Module):
 
     Args:
         rope: type and parameters.
-        dim: how many channels of a head rotate.
+        dim: channels of a head.
+        interleaved: they turn in pairs of neighbours; else each of the first half with one of the second.
     """
 
     get_rotary_seq_len = RotaryEmbedding.get_rotary_seq_len
 
-    def __init__(self, rope: Rope, dim: int) -> None:
+    def __init__(self, rope: Rope, dim: int, interleaved: bool = False) -> None:
         super().__init__()
-        self.rope, self.dim = rope, dim
+        self.rope, self.dim, self.interleaved = rope, int(dim * rope.fraction) // rope.axes, interleaved
         self.kv_cache: KVCache | None = None
-        self._last: tuple[int, Tensor] | None = None
+        self.positions_SBA: Tensor | None = None
+        """Positions of the tokens that the model is working on, where they are not 0, 1, 2, ... (prefix.py)."""
+
+        self._last: tuple[tuple[int, bool], Tensor] | None = None
         self._constant: Tensor | None = None
 
     @property
@@ -47,32 +52,72 @@ class Rotary(torch.nn.Module):
     def forward(
         self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
     ) -> Tensor | None:
-        """Angles [S, 1, 1, dim] of positions 0 to `max_seq_len`; None with a cache, which then rotates by itself."""
+        """Angles [S, 1, 1, dim] of positions 0 to `max_seq_len`, [S, B, 1, dim] where each row has its own; None with a
+        cache, which then rotates by itself."""
         if self.kv_cache is not None:
-            self.kv_cache.set_rotation(self._angles(self.kv_cache.positions_SB())[:, :, 0])
+            self.kv_cache.set_rotation(self._angles(self.kv_cache.positions_SB())[:, :, 0], self.interleaved)
             return None
-        if self._last is None or self._last[0] != max_seq_len:
+        if self.positions_SBA is not None:
+            return self._angles(self.positions_SBA[..., 0])
+        key = (max_seq_len, self.training)
+        if self._last is None or self._last[0] != key:
             positions = torch.arange(max_seq_len, device=_device())[:, None]
-            self._last = (max_seq_len, self._angles(positions))
+            self._last = (key, self._angles(positions))
         return self._last[1]
 
     def _angles(self, positions_SB: Tensor) -> Tensor:
-        half = positions_SB[..., None].float() * self._frequencies(positions_SB)
-        return torch.cat((half, half), dim=-1)[:, :, None]
+        frequencies = self._frequencies(positions_SB)
+        if self.positions_SBA is None:
+            half = positions_SB[..., None].float() * frequencies
+        else:
+            half = (self.positions_SBA[..., None].float() * frequencies).flatten(2)
+        whole = half.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((half, half), dim=-1)
+        return whole[:, :, None]
 
     def _frequencies(self, positions_SB: Tensor) -> Tensor:
-        """Inverse frequencies [dim / 2]; [B, dim / 2] for the dynamic type, each row by its own length.
+        """Inverse frequencies [dim / 2]; [B, dim / 2] for types that depend on the length, each row by its own.
 
         Cached keys keep the frequencies of the step that made them, as in transformers. Unlike there, neither longer
         rows of the batch nor earlier texts matter: every row gets what transformers gives it alone in a fresh model.
         """
-        if self.rope.rope_type == "dynamic":
-            lengths = (positions_SB[-1] + 1).tolist()
+        if self.rope.rope_type in _BY_LENGTH:
+            lengths = self._lengths(positions_SB)
             frequencies = torch.stack([inverse_frequencies(self.rope, self.dim, length) for length in lengths])
             return frequencies.to(positions_SB.device)
         if self._constant is None or self._constant.device != positions_SB.device:
             self._constant = inverse_frequencies(self.rope, self.dim).to(positions_SB.device)
         return self._constant
+
+    def _lengths(self, positions_SB: Tensor) -> list[int]:
+        """How long each row is so far. Qwen (ntk_steps) keeps to the prompt, and in training to what it began with."""
+        if self.rope.rope_type == "ntk_steps":
+            if self.training:
+                return [0] * positions_SB.shape[1]
+            if self.kv_cache is not None:
+                return self.kv_cache.prompt_lengths_B().tolist()
+        return (positions_SB[-1] + 1).tolist()
+
+
+class LatentRotary(torch.nn.Module):
+    """megatron-core's rotary embedding inside latent attention, taught the positions of a key-value cache.
+
+    Args:
+        inner: core's, of any type.
+    """
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.get_rotary_seq_len = inner, inner.get_rotary_seq_len
+        self.kv_cache: KVCache | None = None
+
+    def forward(self, max_seq_len: int, **options: Any) -> Any:
+        """What core's gives, for positions 0 to `max_seq_len`; with a cache for each row's own, [S, B, 1, dim]."""
+        if self.kv_cache is None:
+            return self.inner(max_seq_len, **options)
+        result = self.inner(self.kv_cache.num_slots, **options)
+        angles, *rest = result if isinstance(result, tuple) else (result,)
+        chosen = angles[self.kv_cache.positions_SB(), 0]
+        return (chosen, *rest) if rest else chosen
 
 
 def _device() -> torch.device:
@@ -114,6 +159,15 @@ def _dynamic(rope: Rope, dim: int, length: int) -> Tensor:
     return _default(rope, dim, length, rope.rope_theta * stretch ** (dim / (dim - 2)))
 
 
+def _half(rope: Rope, dim: int, length: int) -> Tensor:
+    return _default(rope, dim, length).half().float()  # ChatGLM-6B was trained with frequencies in float16
+
+
+def _ntk_steps(rope: Rope, dim: int, length: int) -> Tensor:
+    steps = math.ceil(math.log2(max(length, 1) / rope.parameters["original_max_position_embeddings"]) + 1)
+    return _default(rope, dim, length, rope.rope_theta * max(2**steps - 1, 1) ** (dim / (dim - 2)))
+
+
 def _llama3(rope: Rope, dim: int, length: int) -> Tensor:
     p = rope.parameters
     frequency = _default(rope, dim, length)
@@ -144,6 +198,9 @@ _TYPES: dict[str, Callable[[Rope, int, int], Tensor]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
+    "half": _half,
     "llama3": _llama3,
     "yarn": _yarn,
+    "ntk_steps": _ntk_steps,
 }
+_BY_LENGTH = ("dynamic", "ntk_steps")

@@ -156,7 +156,7 @@ def test_a_cast_is_verified_in_the_dtype_it_was_cast_to(
     target = str(tmp_path / "bf16")
     options = ["--source", str(hf("gqa")), "--target", target, "--dtype", "bfloat16", "--verify"]
     assert convert_command(options) == 0
-    assert "logits are not compared: --dtype bfloat16" in capsys.readouterr().out
+    assert "logits are not compared: --dtype may change them" in capsys.readouterr().out
     assert not verify(hf("gqa"), target, "checksums").ok
 
 

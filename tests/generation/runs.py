@@ -28,12 +28,8 @@ class Request:
 
 def ours(rank: int, world_size: int, roots: dict[str, str], layout: Layout, *requests: Request) -> dict[str, list[Any]]:
     """For each checkpoint, the engine's answers to the requests."""
-    from megatron.core import parallel_state
-
     answers = {}
     for name, root in roots.items():
-        if parallel_state.is_initialized():
-            parallel_state.destroy_model_parallel()
         model = load_tiny(root, layout)
         answers[name] = [answer(model, request) for request in requests]
     return answers

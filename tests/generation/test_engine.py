@@ -122,7 +122,7 @@ def _without_padding_mask(rank: int, world_size: int, root: str) -> list[list[in
 
     original = KVCache._attention_mask
     try:
-        KVCache._attention_mask = lambda self, num_new: None
+        KVCache._attention_mask = lambda self, num_new, window: None
         return answer(load_tiny(root, Layout()), Request())
     finally:
         KVCache._attention_mask = original

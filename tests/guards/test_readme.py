@@ -11,7 +11,9 @@ from tests.guards.cli_surface import parse
 from tests.guards.imports import ROOT
 
 FILES = ["README.md", "README.zh-CN.md"]
-GUIDES = ["docs/converter.md", "docs/converter.zh-CN.md"]
+CONVERTER = ["docs/converter.md", "docs/converter.zh-CN.md"]
+ADDING = ["docs/adding_a_family.md", "docs/adding_a_family.zh-CN.md"]
+GUIDES = CONVERTER + ADDING
 
 
 def blocks(name: str) -> list[readme.Block]:
@@ -40,7 +42,7 @@ def test_every_script_it_starts_exists(name: str) -> None:
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
 
 
-@pytest.mark.parametrize("names", [FILES, GUIDES], ids=["READMEs", "converter"])
+@pytest.mark.parametrize("names", [FILES, CONVERTER, ADDING], ids=["READMEs", "converter", "adding"])
 def test_both_languages_have_the_same_sections_and_the_same_code(names: list[str]) -> None:
     english, chinese = ((ROOT / name).read_text() for name in names)
     assert readme.headings(english) == readme.headings(chinese)
@@ -68,6 +70,13 @@ megatron_patch/
 run_tests.sh               the tests
 ```
 """
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_table_of_families_is_the_one_that_the_command_prints(name: str) -> None:
+    from megatron_patch.models.listing import markdown
+
+    assert f"\n\n{markdown()}\n\n" in (ROOT / name).read_text()
 
 
 def test_headings_inside_code_are_not_sections() -> None:

@@ -35,13 +35,18 @@ LAYOUTS: dict[str, Layout] = {
 
 def load_tiny(root: str, layout: Layout, **config: Any) -> torch.nn.Module:
     """This rank's part of a converted checkpoint; the process group exists already."""
+    from megatron.core import parallel_state
+
     from megatron_patch.checkpoint.directory import read_config
     from megatron_patch.checkpoint.megatron import load_weights
     from megatron_patch.model import build_model, transformer_config
     from megatron_patch.models import family_for
-    from megatron_patch.training.initialize import initialize
+    from megatron_patch.training.initialize import initialize, seed_everything
 
-    initialize(layout.tensor, layout.pipeline)
+    if parallel_state.is_initialized():
+        seed_everything(1234)
+    else:  # once a call: every gloo group has threads of its own
+        initialize(layout.tensor, layout.pipeline)
     values = read_config(root)
     architecture = family_for(values).describe(values)
     settings = transformer_config(

@@ -42,7 +42,7 @@ def logits(rank: int, world_size: int, roots: dict[str, str], layout: Layout) ->
 
     results = {}
     for name, root in roots.items():
-        model = _fresh(root, layout).eval()
+        model = load_tiny(root, layout).eval()
 
         def forward(data: Any, model: torch.nn.Module) -> Any:
             next(data)
@@ -61,8 +61,8 @@ def gradients(rank: int, world_size: int, root: str, expected: str, layout: Layo
 
     from megatron_patch.training.loss import masked_loss
 
-    wanted = dict(_fresh(expected, layout).named_parameters())
-    model = _fresh(root, layout, calculate_per_token_loss=True, finalize_model_grads_func=finalize_model_grads)
+    wanted = dict(load_tiny(expected, layout).named_parameters())
+    model = load_tiny(root, layout, calculate_per_token_loss=True, finalize_model_grads_func=finalize_model_grads)
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     ddp.zero_grad_buffer()
 
@@ -83,13 +83,6 @@ def _error(found: torch.Tensor, wanted: torch.Tensor, name: str) -> float:
         first = parallel_state.get_tensor_model_parallel_rank() * len(found)
         found, wanted = found[: max(200 - first, 0)], wanted[: max(200 - first, 0)]
     return float((found - wanted).abs().max() / wanted.abs().max()) if wanted.numel() else 0.0
-
-
-def _fresh(root: str, layout: Layout, **config: Any) -> torch.nn.Module:
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    return load_tiny(root, layout, **config)
 
 
 def _positions(ids: torch.Tensor) -> torch.Tensor:

@@ -78,8 +78,8 @@ def _load(root: str, layout: Layout, **config: Any) -> torch.nn.Module:
     from megatron_patch.models import family_for
     from megatron_patch.training.initialize import seed_everything
 
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(**layout.fields, create_gloo_process_groups=False)
+    if not parallel_state.is_initialized():  # once a call: every gloo group has threads of its own
+        parallel_state.initialize_model_parallel(**layout.fields, create_gloo_process_groups=False)
     seed_everything(1)
     architecture = family_for(values := read_config(root)).describe(values)
     config |= dict(layout.fields, sequence_parallel=layout.sequence_parallel)
