@@ -9,7 +9,7 @@ It knows weights.py and the names of megatron-core's config fields: no GPTModel,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -23,11 +23,26 @@ _INERT = frozenset({
     "_model_name_or_path", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
     "unk_token_id", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "tokenizer_class",
     "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder",
-    "is_decoder", "auto_map", "gradient_checkpointing", "_attn_implementation", "attn_implementation",
+    "is_decoder", "auto_map", "unsloth_fixed", "unsloth_version", "_commit_hash", "_num_labels", "torchscript",
+    "use_bfloat16", "tf_legacy_loss", "decoder_start_token_id", "decoder_bos_token_id",
+    # of generation, which older versions of transformers wrote into config.json
+    "max_length", "min_length", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "typical_p",
+    "num_beams", "num_beam_groups", "diversity_penalty", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences", "early_stopping",
+    "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+    "remove_invalid_values", "exponential_decay_length_penalty", "output_scores", "return_dict_in_generate",
+    "gradient_checkpointing", "_attn_implementation", "attn_implementation",
     "_attn_implementation_autoset", "prefix", "finetuning_task", "transformers.js_config", "name_or_path",
 })
 # fmt: on
 
+
+# And those that change nothing as long as they say nothing.
+_UNUSED: Mapping[str, Callable[[Any], bool]] = {
+    "pruned_heads": lambda value: not value,
+    "tie_encoder_decoder": lambda value: value is False,
+    "add_cross_attention": lambda value: value is False,
+}
 
 EMBEDDING = "embedding.word_embeddings.weight"
 """The embedding's internal name."""
@@ -45,6 +60,15 @@ class HFConfig:
         self._read.add(name)
         value = self._values.get(name)
         return default if value is None else value
+
+    def __contains__(self, name: str) -> bool:
+        self._read.add(name)
+        return name in self._values
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise a ValueError for a field that is missing; null will do."""
+        if missing := [name for name in names if name not in self]:
+            raise ValueError(f"config.json: the field {missing[0]!r} is missing")
 
     def __getitem__(self, name: str) -> Any:
         if (value := self.get(name)) is None:
@@ -139,6 +163,9 @@ class Family:
     reference: str = "transformers"
     """What its tests compare it with: transformers, or a plain module of ours (``tests/reference``)."""
 
+    required: tuple[str, ...] = ()
+    """Config fields that must be there, if only as null, since transformers takes another value for a missing one."""
+
     vocab_size: str = "vocab_size"
     """The config field with the number of rows of the embedding."""
 
@@ -185,6 +212,7 @@ class Family:
             ValueError: a field is missing, has a value we do not honour, or is one this family does not know.
         """
         hf = HFConfig(values)
+        hf.require(self.required)
         config = {name: _value(hf, source) for name, source in self.config.items()}
         architecture = Architecture(
             family=self,
@@ -204,7 +232,8 @@ class Family:
 
     def _refuse_unknown(self, hf: HFConfig) -> None:
         for name, value in hf.unread().items():
-            if name in _INERT or (name in self.inert and self.inert[name](value)):
+            inert = {**_UNUSED, **self.inert}
+            if name in _INERT or (name in inert and inert[name](value)):
                 continue
             raise ValueError(f"config.json: family {self.name} does not honour {name}={value!r}; refusing to ignore it")
 
@@ -274,21 +303,38 @@ class Architecture:
 # ------------------------------------------------------------------------------------------ pieces that families share
 
 
-def sizes(layers: str, hidden: str, heads: str, attention_dropout: str = "attention_dropout") -> dict[str, Any]:
+_Source = str | Callable[[HFConfig], Any]
+
+
+def sizes(
+    layers: _Source, hidden: _Source, heads: _Source, attention_dropout: str = "attention_dropout"
+) -> dict[str, Any]:
     """TransformerConfig fields of a model whose heads all have keys and values of their own.
 
     Args:
-        layers, hidden, heads, attention_dropout: names of the config fields.
+        layers, hidden, heads, attention_dropout: the config fields.
     """
     return {
         "num_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_query_groups": heads,
-        "kv_channels": lambda hf: hf[hidden] // hf[heads],
+        "kv_channels": lambda hf: _value(hf, hidden) // _value(hf, heads),
         "attention_dropout": lambda hf: hf.get(attention_dropout, 0.0),
         "init_method_std": lambda hf: hf.get("initializer_range", 0.02),
     }
+
+
+def either(name: str, older: str) -> Callable[[HFConfig], Any]:
+    """A field that older configs call otherwise."""
+
+    def value(hf: HFConfig) -> Any:
+        found, before = hf.get(name), hf.get(older)
+        if None not in (found, before) and found != before:
+            raise ValueError(f"config.json: {older}={before!r} must equal {name}={found!r}")
+        return hf[name] if before is None else before
+
+    return value
 
 
 def only(value: Any, *names: str) -> dict[str, Callable[[Any], bool]]:

@@ -28,7 +28,7 @@ from megatron_patch.backend.core_versions import submodules, with_module
 from megatron_patch.backend.local_layers import mend_local_layers
 from megatron_patch.family import Architecture
 from megatron_patch.layers.attention import SDPAttention
-from megatron_patch.layers.embedding import offset_positions
+from megatron_patch.layers.embedding import prepare_positions
 from megatron_patch.layers.experts import SequentialExperts
 from megatron_patch.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_patch.layers.norm import LayerNorm, RMSNorm
@@ -299,7 +299,7 @@ def _amend(model: GPTModel, architecture: Architecture) -> None:
         for layer in model.decoder.layers:
             layer.self_attention.rotary_pos_emb = LatentRotary(layer.self_attention.rotary_pos_emb)
     if architecture.positions:
-        offset_positions(model, architecture.positions.offset)
+        prepare_positions(model, architecture.positions.offset)
     for function, options in architecture.amendments:
         _ours(function)(model, **options)
 

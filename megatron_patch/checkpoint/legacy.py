@@ -85,6 +85,7 @@ class LegacyTarget(Target):
         replicate_kv: bool = False,
     ) -> None:
         _check(model.architecture, layout, replicate_kv)
+        _check_naming(model.architecture, naming)
         expert_tensor = layout.expert_tensor or layout.tensor
         self._ranks = Ranks(
             model,
@@ -185,6 +186,20 @@ def _check(architecture: Architecture, layout: Layout, replicate_kv: bool) -> No
         raise ValueError(
             f"replicate_kv_heads needs more tensor-parallel ranks than key/value heads:"
             f" tensor_model_parallel_size={tensor}, num_query_groups={groups}"
+        )
+
+
+# Ours that compute what Megatron-LM's own layers of the same names compute.
+_ALIKE = ("linear.", "norm.")
+
+
+def _check_naming(architecture: Architecture, naming: str) -> None:
+    others = [swap.layer for swap in architecture.swaps if not swap.layer.startswith(_ALIKE)]
+    others += [function for function, _ in architecture.amendments if function != "embedding.without_dropout"]
+    if others and naming != "local":
+        raise ValueError(
+            f"naming={naming!r} is for what Megatron-LM's own layers compute; family {architecture.family.name} has"
+            f" {others[0]} instead, so they would load these files and compute something else; choose local"
         )
 
 

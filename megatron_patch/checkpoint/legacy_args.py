@@ -20,7 +20,7 @@ _SAME = (
     "beta_slow", "mscale", "mscale_all_dim", "rope_type", "mtp_num_layers", "moe_layer_freq", "moe_ffn_hidden_size",
     "moe_shared_expert_intermediate_size", "moe_router_topk", "moe_router_num_groups", "moe_router_group_topk",
     "moe_router_topk_scaling_factor", "moe_router_score_function", "moe_router_enable_expert_bias",
-    "moe_router_pre_softmax", "moe_router_dtype",
+    "moe_router_pre_softmax", "moe_router_dtype", "moe_shared_expert_gate", "window_size", "window_attn_skip_freq",
 )
 """Arguments with the name, and the meaning, of the TransformerConfig field."""
 # fmt: on
@@ -59,24 +59,26 @@ def namespace(ranks: Ranks, divisible_by: int, dtype: torch.dtype, layout: str |
 def _model(architecture: Architecture) -> Mapping[str, Any]:
     config, rope = architecture.config, architecture.rope
     rotary = rope is not None or bool(config.get("multi_latent_attention"))
+    learned = architecture.positions
     gated = bool(config.get("gated_linear_unit"))
     return {
         "group_query_attention": architecture.num_query_groups != architecture.num_attention_heads,
         "seq_length": architecture.max_position_embeddings,
-        "max_position_embeddings": architecture.max_position_embeddings,
-        "position_embedding_type": "rope" if rotary else "none",
+        "max_position_embeddings": learned.rows if learned else architecture.max_position_embeddings,
+        "position_embedding_type": "learned_absolute" if learned else "rope" if rotary else "none",
         "use_rotary_position_embeddings": rotary,
         "rotary_base": _integer(rope.rope_theta if rope else config.get("rotary_base", 10000)),
-        "rotary_percent": 1.0,
-        "rotary_interleaved": False,
+        "rotary_percent": float(rope.fraction) if rope else 1.0,
+        "rotary_interleaved": bool(config.get("rotary_interleaved")),
         "use_rope_scaling": rope is not None and "low_freq_factor" in rope.parameters,
         "rope_scaling_factor": rope.parameters.get("factor", 1.0) if rope else 1.0,
-        "add_position_embedding": not rotary,
+        "add_position_embedding": learned is not None,
         "add_qkv_bias": bool(config.get("add_qkv_bias")),
         "layernorm_epsilon": config["layernorm_epsilon"],
         "norm_epsilon": config["layernorm_epsilon"],
         "swiglu": gated and architecture.activation == "silu",
         "squared_relu": False,
+        "openai_gelu": architecture.activation in ("gelu_new", "gelu_pytorch_tanh"),
         "apply_layernorm_1p": False,
         "apply_query_key_layer_scaling": False,
         "untie_embeddings_and_output_weights": not architecture.tied,

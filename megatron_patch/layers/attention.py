@@ -8,6 +8,7 @@ Shapes: S queries, L keys, B rows, H query heads on this rank, G key-value group
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ class SDPAttention(MegatronModule):
             )
 
 
+@lru_cache(maxsize=2)
 def _band(length: int, window: int, device: torch.device) -> Tensor:
     """[S, S], True where a key is at most ``window - 1`` before the query, and not after it."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)

@@ -27,8 +27,10 @@ class _Layer(TransformerLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
-        **_unused: Any,
+        **others: Any,
     ) -> tuple[Tensor, None]:
+        if refused := [name for name, value in others.items() if value is not None]:
+            raise ValueError(f"{type(self).__name__} takes no {refused[0]}")
         return self._flow(hidden_states, {"attention_mask": attention_mask, "rotary_pos_emb": rotary_pos_emb}), None
 
     def _flow(self, x: Tensor, how: dict[str, Any]) -> Tensor:

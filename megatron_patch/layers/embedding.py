@@ -22,14 +22,23 @@ def add_norm(model: GPTModel) -> None:
         model.embedding.register_forward_hook(_normed)
 
 
+def without_dropout(model: GPTModel) -> None:
+    """No dropout of what the embedding gives, where that of the sublayers is not meant for it (BLOOM, Falcon, OPT)."""
+    if hasattr(model, "embedding"):
+        model.embedding.embedding_dropout.p = 0.0
+
+
 def _normed(embedding: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     return embedding.norm(output)
 
 
-def offset_positions(model: GPTModel, offset: int) -> None:
-    """Position 0 has the row `offset` of the learned position embeddings (OPT's are made for a padding id of 1)."""
-    if offset and hasattr(model, "embedding"):
-        model.embedding.position_embeddings.register_forward_pre_hook(partial(_later, offset))
+def prepare_positions(model: GPTModel, offset: int) -> None:
+    """Learned positions in the model's dtype (core leaves them in fp32); position 0 has the row `offset` of them (OPT's
+    are made for a padding id of 1)."""
+    if hasattr(model, "embedding"):
+        model.embedding.position_embeddings.to(model.config.params_dtype)
+        if offset:
+            model.embedding.position_embeddings.register_forward_pre_hook(partial(_later, offset))
 
 
 def _later(offset: int, _module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

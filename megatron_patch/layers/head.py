@@ -40,6 +40,8 @@ def add_max_z_loss(model: GPTModel, weight: float) -> None:
     plain = model.compute_language_model_loss
 
     def with_z(labels_BS: Tensor, logits_SBV: Tensor) -> Tensor:
+        if not model.training:  # so that validation reports the loss of the text
+            return plain(labels_BS, logits_SBV)
         z_SB = _largest(logits_SBV)  # first: core's cross entropy changes the logits in place
         return plain(labels_BS, logits_SBV) + weight * z_SB.T.float() ** 2
 
@@ -56,5 +58,10 @@ def _largest(logits_SBV: Tensor) -> Tensor:
 
 
 def _with_unit_rows(head: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    weight: Tensor | None = options.get("weight")
-    return inputs, {**options, "weight": F.normalize(head.weight if weight is None else weight)}
+    if torch.is_grad_enabled():
+        return inputs, {**options, "weight": F.normalize(head.weight)}
+    version, rows = getattr(head, "unit_rows", (None, None))
+    if version != head.weight._version:  # once, and not for every token that is generated
+        rows = F.normalize(head.weight)
+        head.unit_rows = (head.weight._version, rows)
+    return inputs, {**options, "weight": rows}

@@ -4,7 +4,7 @@ The context is everything before the first start token (sop, or ChatGLM-6B's BOS
 follows is causal (Du et al. 2022). A mark in the context ([MASK], [gMASK]) says where the continuation belongs: each of
 its tokens has the mark's position, and counts 1, 2, 3, ... in a second, the block position. A text without a start
 token is causal, with plain positions; one without a mark counts on. A row is one text: packed documents are not told
-apart.
+apart. Whether a text has a context is decided by the prompt: tokens that are generated do not end one.
 
 Shapes: B rows, S tokens, A positions of each token.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -76,17 +77,38 @@ class PrefixReader(nn.Module):
         self.blocks_BS: Tensor | None = None
         """Block positions of the tokens that the model is working on."""
 
+        self.counts_BS: Tensor | None = None
+        """Which positions have something to predict that they do not see."""
+
     def forward(self, model: GPTModel, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The model's arguments, as a forward pre-hook of it."""
-        ids_BS, _, mask, *others = inputs
+        """The model's arguments, as a forward pre-hook of it.
+
+        Raises:
+            ValueError: a mask was given, or a row of training holds several texts.
+        """
+        given = signature(model.forward).bind(*inputs, **options).arguments
+        ids_BS = given["input_ids"]
+        if given.get("attention_mask") is not None:
+            raise ValueError("attention_mask: this model's mask follows from its ids; give None")
         index_BS, context = self._context(ids_BS)
         positions_BS, self.blocks_BS = context.positions(index_BS)
+        if model.training:
+            self._refuse_several_texts(ids_BS)
+        # Inside the context every token sees the next one.
+        self.counts_BS = index_BS >= context.length_B[:, None] - 1
         if (rotary := getattr(model, "rotary_pos_emb", None)) is not None:
             axes = (positions_BS.T, self.blocks_BS.T)[: rotary.rope.axes]
             rotary.positions_SBA = torch.stack(axes, dim=-1)
-        if self.kv_cache is None:
-            mask = _hidden(index_BS, context)
-        return (ids_BS, positions_BS, mask, *others), options
+        mask = _hidden(index_BS, context) if self.kv_cache is None else None
+        return (), {**given, "position_ids": positions_BS, "attention_mask": mask}
+
+    def _refuse_several_texts(self, ids_BS: Tensor) -> None:
+        texts = int((ids_BS == self.start).sum(1).max())
+        if texts > 1:
+            raise ValueError(
+                f"a row of training data has {texts} start tokens (id {self.start}): what stands before one is read as a"
+                " whole, so a row must be one text; tokenize documents without special tokens, or pad one per row"
+            )
 
     def _context(self, ids_BS: Tensor) -> tuple[Tensor, Context]:
         cache = self.kv_cache
@@ -114,7 +136,7 @@ def add_block_positions(model: GPTModel, rows: int) -> None:
     """A second table of learned positions, for block positions; after `read_prefix`."""
     if hasattr(model, "embedding"):
         config, embedding = model.config, model.embedding
-        embedding.block_position_embeddings = nn.Embedding(rows, config.hidden_size)
+        embedding.block_position_embeddings = nn.Embedding(rows, config.hidden_size, dtype=config.params_dtype)
         if config.perform_initialization:
             config.embedding_init_method(embedding.block_position_embeddings.weight)
         reader = model.prefix

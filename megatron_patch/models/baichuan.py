@@ -25,6 +25,8 @@ def _is_rotary(hf: HFConfig) -> bool:
 
 
 def _is_version_2(hf: HFConfig) -> bool:
+    if hf.get("z_loss_weight") is None and (rows := hf["vocab_size"]) > 125696:
+        raise ValueError(f"config.json: vocab_size={rows} is of no Baichuan; add z_loss_weight=0 if it is a Baichuan 2")
     return hf.get("z_loss_weight") is not None or hf["vocab_size"] == 125696
 
 

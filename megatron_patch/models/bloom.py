@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_patch.family import Amendment, Family, Swap, anything, only, sizes
+from megatron_patch.family import Amendment, Family, Swap, anything, either, only, sizes
 from megatron_patch.weights import Copy, copies
 
 M, H = "decoder.layers.*.", "transformer.h.*."
+_HIDDEN = either("hidden_size", "n_embed")
 
 BLOOM = Family(
     name="bloom",
@@ -13,8 +14,8 @@ BLOOM = Family(
     hf_types=("bloom",),
     special="ALiBi, LayerNorm after the embedding, biases, GELU",
     config={
-        **sizes("n_layer", "hidden_size", "n_head"),
-        "ffn_hidden_size": lambda hf: 4 * hf["hidden_size"],
+        **sizes(either("n_layer", "num_hidden_layers"), _HIDDEN, either("n_head", "num_attention_heads")),
+        "ffn_hidden_size": lambda hf: 4 * _HIDDEN(hf),
         "layernorm_epsilon": lambda hf: hf.get("layer_norm_epsilon", 1e-5),
         "hidden_dropout": lambda hf: hf.get("hidden_dropout", 0.0),
     },
@@ -26,7 +27,7 @@ BLOOM = Family(
         Swap("self_attention.core_attention", "attention.AlibiAttention"),
         Swap("", "block.NormedResidualLayer", lambda hf: hf.get("apply_residual_connection_post_layernorm", False)),
     ),
-    amendments=(Amendment("embedding.add_norm"),),
+    amendments=(Amendment("embedding.add_norm"), Amendment("embedding.without_dropout")),
     inert={
         **anything("pretraining_tp", "slow_but_exact"),  # how a product is cut into slices
         **anything("offset_alibi", "skip_bias_add", "attention_softmax_in_fp32"),

@@ -5,7 +5,7 @@ DeepSeek-AI 2024, "DeepSeek-V3 Technical Report".
 
 from __future__ import annotations
 
-from megatron_patch.family import Family, HFConfig
+from megatron_patch.family import Family, HFConfig, anything, only
 from megatron_patch.models.latent import LATENT, LATENT_FIXED, LATENT_SWAPS, around_mlp
 from megatron_patch.models.mixtral import mixture
 from megatron_patch.weights import Copy, Rule
@@ -55,6 +55,7 @@ DEEPSEEK = Family(
     models="DeepSeek-V3, R1, Moonlight",
     hf_types=("deepseek_v3",),
     special="latent attention, sigmoid router with bias and groups, shared experts, multi-token prediction",
+    required=("q_lora_rank", "n_group", "topk_group", "first_k_dense_replace", "num_nextn_predict_layers"),
     config={
         **LATENT,
         # experts
@@ -77,17 +78,12 @@ DEEPSEEK = Family(
     },
     swaps=LATENT_SWAPS,
     inert={
-        "attention_bias": lambda value: value is False,
-        "scoring_func": lambda value: value == "sigmoid",
-        "topk_method": lambda value: value == "noaux_tc",
-        "norm_topk_prob": lambda value: value is True,
-        "rope_interleave": lambda value: value is True,
-        "output_router_logits": lambda value: value is False,
-        "qk_head_dim": lambda value: True,  # transformers derives it from the two parts
-        "ep_size": lambda value: True,  # a layout
-        "pretraining_tp": lambda value: True,
-        "aux_loss_alpha": lambda value: True,  # of a router that is not this one
-        "seq_aux": lambda value: True,
+        **only(False, "attention_bias", "output_router_logits"),
+        **only(True, "norm_topk_prob", "rope_interleave"),
+        **only("sigmoid", "scoring_func"),
+        **only("noaux_tc", "topk_method"),
+        **anything("qk_head_dim", "ep_size", "pretraining_tp"),  # derived by transformers; layouts
+        **anything("aux_loss_alpha", "seq_aux"),  # of the balance loss, which changes no logit
     },
     weights=(
         Copy("embedding.word_embeddings.weight", "model.embed_tokens.weight"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_patch.family import HFConfig
+from megatron_patch.family import HFConfig, anything, only
 from megatron_patch.models.deepseek import moe_layers
 from megatron_patch.models.llama import LLAMA
 from megatron_patch.models.mixtral import around_mlp, mixture
@@ -32,12 +32,11 @@ DEEPSEEK_MOE = replace(
         "moe_router_pre_softmax": QWEN2_MOE.config["moe_router_pre_softmax"],
     },
     fixed={**LLAMA.fixed, "moe_router_dtype": "fp32"},
-    swaps=LLAMA.swaps[:1],
+    swaps=tuple(swap for swap in LLAMA.swaps if swap.at.startswith("self_attention.")),
     inert={
-        "pretraining_tp": lambda value: True,  # slices a product without changing it
-        "scoring_func": lambda value: value == "softmax",
-        "aux_loss_alpha": lambda value: True,  # of the balance loss, which changes no logit
-        "seq_aux": lambda value: True,
+        **only("softmax", "scoring_func"),
+        **anything("pretraining_tp"),  # slices a product without changing it
+        **anything("aux_loss_alpha", "seq_aux"),  # of the balance loss, which changes no logit
     },
     weights=(*around_mlp(LLAMA), *mixture()),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_patch.family import HFConfig, Swap
+from megatron_patch.family import HFConfig, Swap, only
 from megatron_patch.models.deepseek import DEEPSEEK, grouped
 
 _METHODS = ("greedy", "group_limited_greedy")
@@ -21,6 +21,7 @@ DEEPSEEK_V2 = replace(
     name="deepseek-v2",
     models="DeepSeek-V2, V2-Lite, Coder-V2",
     hf_types=("deepseek_v2",),
+    required=("q_lora_rank",),
     special="latent attention, softmax router whose groups count by their best expert, shared experts",
     config={
         **{name: source for name, source in DEEPSEEK.config.items() if name != "mtp_num_layers"},
@@ -36,9 +37,8 @@ DEEPSEEK_V2 = replace(
     swaps=(*DEEPSEEK.swaps, Swap("mlp.router", "router.BestExpertRouter", _in_groups)),
     inert={
         **DEEPSEEK.inert,
-        "mlp_bias": lambda value: value is False,
-        "scoring_func": lambda value: value == "softmax",
-        "norm_topk_prob": lambda value: value is False,
+        **only(False, "mlp_bias", "norm_topk_prob"),
+        **only("softmax", "scoring_func"),
     },
     weights=tuple(rule for rule in DEEPSEEK.weights if not rule.internal.startswith("mtp.")),
     repeated_weights={},

@@ -7,21 +7,16 @@ they are the same only with 1, 2, 4 or 8 heads and up to position 256.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from megatron_patch.family import HFConfig, Rope, Swap, anything, only, rope_from_config
+from megatron_patch.family import Amendment, HFConfig, Rope, Swap, anything, either, only, rope_from_config
 from megatron_patch.models.bloom import BLOOM, H, M
 from megatron_patch.weights import copies
 
-
-def _either(name: str, old: str) -> Callable[[HFConfig], int]:
-    return lambda hf: hf.get(old) or hf[name]
-
-
-_LAYERS, _HEADS = _either("num_hidden_layers", "n_layer"), _either("num_attention_heads", "n_head")
-_HIDDEN = _either("hidden_size", "n_embed")
+_LAYERS, _HEADS = either("num_hidden_layers", "n_layer"), either("num_attention_heads", "n_head")
+_HIDDEN = either("hidden_size", "n_embed")
 
 
 def _is_new(values: Mapping[str, Any] | HFConfig) -> bool:
@@ -81,7 +76,7 @@ FALCON = replace(
         Swap("pre_mlp_layernorm", "block.NoNorm", _is_parallel),
         Swap("self_attention.core_attention", "attention.ScaledAlibiAttention", lambda hf: hf.get("alibi", False)),
     ),
-    amendments=(),
+    amendments=(Amendment("embedding.without_dropout"),),
     inert={
         **only(False, "apply_residual_connection_post_layernorm"),
         **only(1, "num_ln_in_parallel_attn"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from megatron_patch.family import Amendment, Family, HFConfig, Positions, anything, only
 from megatron_patch.models.chatglm import GLM_CONFIG, GLM_FIXED, LAYER, glm_layers
+from megatron_patch.models.gpt2 import one_dropout
 from megatron_patch.weights import Rule, StackedQKV, copies
 
 # The published config names no special tokens: these are theirs, by the size of the vocabulary.
@@ -51,8 +52,14 @@ GLM_BLOCKS = Family(
     matches=lambda values: "block_position_encoding" in values and not _is_wrapped(values),
     special="prefix mask, learned positions and block positions, GELU",
     reference="tests/reference/glm_blocks.py",
-    config={**GLM_CONFIG, "ffn_hidden_size": lambda hf: 4 * hf["hidden_size"], "layernorm_epsilon": lambda hf: 1e-5},
-    fixed=GLM_FIXED,
+    config={
+        **GLM_CONFIG,
+        "ffn_hidden_size": lambda hf: 4 * hf["hidden_size"],
+        "layernorm_epsilon": lambda hf: 1e-5,
+        "attention_dropout": lambda hf: hf.get("attention_dropout_prob", 0.1),
+        "hidden_dropout": lambda hf: one_dropout(hf, "output_dropout_prob", "embedding_dropout_prob", 0.1),
+    },
+    fixed={name: value for name, value in GLM_FIXED.items() if name != "hidden_dropout"},
     max_position_embeddings="max_sequence_length",
     activation=lambda hf: "gelu_pytorch_tanh",
     positions=lambda hf: Positions(_rows(hf)),
@@ -72,8 +79,7 @@ GLM_BLOCKS = Family(
         **only(True, "block_position_encoding", "output_predict"),
         **only(False, "relative_encoding"),
         # of training, of other tasks, of a layout
-        **anything("attention_dropout_prob", "embedding_dropout_prob", "output_dropout_prob", "parallel_output"),
-        **anything("checkpoint_activations", "checkpoint_num_layers", "max_memory_length"),
+        **anything("checkpoint_activations", "checkpoint_num_layers", "max_memory_length", "parallel_output"),
         **anything("pool_token", "spell_func", "spell_length"),
     },
     weights=_weights(""),

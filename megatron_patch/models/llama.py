@@ -9,15 +9,17 @@ M, H = "decoder.layers.*.", "model.layers.*."
 
 
 def _window(hf: HFConfig) -> tuple[int, int] | None:
-    size = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
+    size = hf["sliding_window"] if hf.get("use_sliding_window", False) else None
     return (size - 1, 0) if size else None
 
 
 def _windowed_layers(hf: HFConfig) -> list[int] | None:
     if not _window(hf):
         return None
-    layers, first = hf["num_hidden_layers"], hf.get("max_window_layers", 0)
-    kinds = hf.get("layer_types", ["full_attention"] * first + ["sliding_attention"] * (layers - first))
+    layers, kinds = hf["num_hidden_layers"], hf.get("layer_types")
+    if kinds is None:
+        first = min(hf["max_window_layers"], layers)
+        kinds = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
     return [int(kind == "sliding_attention") for kind in kinds]
 
 
@@ -33,7 +35,7 @@ LLAMA = Family(
     name="llama",
     models="Llama 1 to 3.x, Code Llama, Yi, DeepSeek LLM, SmolLM2",
     hf_types=("llama",),
-    special="the base: RMSNorm, SwiGLU, grouped queries, every kind of rotary scaling",
+    special="the base: RMSNorm, SwiGLU, grouped queries, rotary scaling linear, dynamic, llama3, yarn",
     config={
         **sizes("num_hidden_layers", "hidden_size", "num_attention_heads"),
         "ffn_hidden_size": "intermediate_size",
@@ -43,7 +45,8 @@ LLAMA = Family(
         "add_qkv_bias": lambda hf: hf.get("attention_bias", False),
     },
     fixed={"normalization": "RMSNorm", "gated_linear_unit": True, "add_bias_linear": False, "hidden_dropout": 0.0},
-    rope=rope_from_config,
+    max_position_embeddings=lambda hf: hf.get("max_position_embeddings", 2048),
+    rope=lambda hf: rope_from_config(hf, default_length=2048),
     swaps=(
         Swap(
             "self_attention.linear_proj", "linear.RowParallelLinearWithBias", lambda hf: hf.get("attention_bias", False)
@@ -53,7 +56,10 @@ LLAMA = Family(
     ),
     inert={
         **anything("pretraining_tp"),  # slices a product without changing it
+        **anything("max_sequence_length"),  # of the first conversions; max_position_embeddings is what counts
         **only(True, "is_llama_config"),
+        **only("swiglu", "activation"),  # Falcon 3
+        "layer_types": WINDOW_FIELDS["layer_types"],
         **only(False, "rope_interleaved"),
     },
     weights=(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_patch.family import HFConfig
+from megatron_patch.family import HFConfig, only
 from megatron_patch.models.llama import LLAMA
 
 
 def window(hf: HFConfig) -> tuple[int, int] | None:
     """On every layer: these configs have no field that would choose some."""
-    size = hf.get("sliding_window")
+    size = hf.get("sliding_window") if "sliding_window" in hf else 4096
     return (size - 1, 0) if size else None
 
 
@@ -26,5 +26,8 @@ MISTRAL = replace(
         "window_size": window,
     },
     swaps=(),
-    inert={},
+    inert={
+        **only(False, "mlp_bias", "attention_bias"),
+        "layer_types": lambda value: len(set(value)) == 1,  # sliding_window is what counts
+    },
 )

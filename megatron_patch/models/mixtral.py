@@ -42,6 +42,7 @@ MIXTRAL = replace(
     special="8 experts, the best 2 by softmax",
     config={
         **MISTRAL.config,
+        "layernorm_epsilon": lambda hf: hf.get("rms_norm_eps", 1e-5),
         "num_moe_experts": "num_local_experts",
         "moe_router_topk": "num_experts_per_tok",
         "moe_ffn_hidden_size": "intermediate_size",

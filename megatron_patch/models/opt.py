@@ -14,15 +14,15 @@ M, H = "decoder.layers.*.", "model.decoder.layers.*."
 def _hidden_size(hf: HFConfig) -> int:
     if hf.get("word_embed_proj_dim", hf["hidden_size"]) != hf["hidden_size"]:
         raise ValueError(
-            f"config.json: word_embed_proj_dim={hf['word_embed_proj_dim']} is not supported; "
-            f"choose hidden_size={hf['hidden_size']}"
+            f"config.json: word_embed_proj_dim={hf['word_embed_proj_dim']} must equal hidden_size={hf['hidden_size']}; "
+            "OPT-350M is not supported"
         )
     return hf["hidden_size"]
 
 
 OPT = Family(
     name="opt",
-    models="OPT, Galactica",
+    models="OPT (but 350M), Galactica",
     hf_types=("opt",),
     special="learned positions from row 2 on, LayerNorm, ReLU or GELU; Galactica: no biases, plain norms",
     config={
@@ -37,7 +37,10 @@ OPT = Family(
     activation=lambda hf: hf.get("activation_function", "relu"),
     positions=lambda hf: Positions(hf["max_position_embeddings"] + 2, offset=2),
     tied=lambda hf: hf.get("tie_word_embeddings", True),
-    amendments=(Amendment("norm.without_parameters", lambda hf: not hf.get("layer_norm_elementwise_affine", True)),),
+    amendments=(
+        Amendment("norm.without_parameters", lambda hf: not hf.get("layer_norm_elementwise_affine", True)),
+        Amendment("embedding.without_dropout"),
+    ),
     inert={
         **only(True, "do_layer_norm_before", "learned_embeddings"),
         **only(False, "_remove_final_layer_norm", "scale_embeddings"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_patch.family import HFConfig
-from megatron_patch.models.llama import LLAMA, H, M
+from megatron_patch.family import HFConfig, only
+from megatron_patch.models.llama import LLAMA, WINDOW_FIELDS, H, M
 from megatron_patch.models.mixtral import MIXTRAL, around_mlp, mixture
 from megatron_patch.weights import Copy
 
@@ -23,6 +23,7 @@ QWEN2_MOE = replace(
     special="60 small experts, the best 4, and a shared one behind a sigmoid gate; some layers dense",
     config={
         **LLAMA.config,
+        "num_query_groups": "num_key_value_heads",
         "add_qkv_bias": lambda hf: hf.get("qkv_bias", True),
         "num_moe_experts": "num_experts",
         "moe_layer_freq": _moe_layers,
@@ -36,10 +37,8 @@ QWEN2_MOE = replace(
     swaps=(),
     inert={
         **{name: MIXTRAL.inert[name] for name in ("output_router_logits", "router_aux_loss_coef")},
-        "use_sliding_window": lambda value: value is False,
-        "sliding_window": lambda value: True,  # not used
-        "max_window_layers": lambda value: True,
-        "layer_types": lambda value: set(value) == {"full_attention"},
+        **WINDOW_FIELDS,
+        **only(False, "use_sliding_window", "use_mrope"),
     },
     weights=(
         *around_mlp(LLAMA),

@@ -34,7 +34,9 @@ QWEN3 = replace(
         "kv_channels": lambda hf: hf.get("head_dim", 128),
     },
     fixed={**LLAMA.fixed, "qk_layernorm": True},
-    swaps=LLAMA.swaps[:1],  # attention_bias, and no mlp_bias
+    swaps=tuple(
+        swap for swap in LLAMA.swaps if swap.at.startswith("self_attention.")
+    ),  # attention_bias, and no mlp_bias
     inert=WINDOW_FIELDS,
     weights=(
         *LLAMA.weights,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_patch.family import only
 from megatron_patch.models.mixtral import around_mlp, mixture
 from megatron_patch.models.qwen2_moe import QWEN2_MOE
 from megatron_patch.models.qwen3 import QWEN3
@@ -21,6 +22,10 @@ QWEN3_MOE = replace(
         "num_moe_experts": lambda hf: hf.get("num_local_experts") or hf["num_experts"],
     },
     fixed={**QWEN3.fixed, "moe_router_dtype": "fp32"},
-    inert=QWEN2_MOE.inert,
+    inert={
+        **QWEN2_MOE.inert,
+        **only(False, "qkv_bias", "shared_expert_intermediate_size"),  # 0: there is none
+        **only(True, "use_qk_norm"),
+    },
     weights=(*around_mlp(QWEN3), *mixture()),
 )

@@ -32,6 +32,7 @@ STARCODER2 = replace(
     tied=lambda hf: hf.get("tie_word_embeddings", True),
     swaps=(),
     inert={
+        **anything("activation_function"),  # hidden_act is what counts
         **anything("layer_norm_epsilon", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"),
         **only(True, "scale_attn_weights"),
         **only("default", "mlp_type"),

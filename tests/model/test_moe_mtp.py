@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.model.test_against_transformers import _positions, _run
-from tests.model.test_moe import Layout, _load
 from tests.tiny import hf_moe, tokens
+from tests.zoo.runs import Layout, load
 
 IDS = tokens()
 LAYOUTS = {
@@ -28,7 +28,7 @@ def logits(rank: int, world_size: int, root: str, layout: Layout) -> list[torch.
     """Whole logits of the token after the next and of the next one, on the ranks of the last stage."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    model = _load(root, layout).eval()
+    model = load(root, layout).eval()
     found: list[torch.Tensor] = []
     if model.post_process:
         keep = lambda module, inputs, output: found.append(output[0].transpose(0, 1).clone())  # noqa: E731  the loss

@@ -47,7 +47,7 @@ SPECIAL: dict[int, dict[str, int]] = {
 
 _BASE: dict[str, Any] = {
     "architectures": ["GLMModel"],
-    "attention_dropout_prob": 0.1,
+    "attention_dropout_prob": 0.0,
     "attention_scale": 1.0,
     "auto_map": {
         "AutoConfig": "configuration_glm.GLMConfig",
@@ -57,7 +57,7 @@ _BASE: dict[str, Any] = {
     "block_position_encoding": True,
     "checkpoint_activations": False,
     "checkpoint_num_layers": 1,
-    "embedding_dropout_prob": 0.1,
+    "embedding_dropout_prob": 0.0,
     "hidden_size": 48,
     "initializer_range": 0.02,
     "max_memory_length": 0,
@@ -65,7 +65,7 @@ _BASE: dict[str, Any] = {
     "model_type": "glm",
     "num_attention_heads": 8,
     "num_layers": 4,
-    "output_dropout_prob": 0.1,
+    "output_dropout_prob": 0.0,
     "output_predict": True,
     "parallel_output": True,
     "pool_token": "cls",

@@ -42,7 +42,11 @@ MOE_LAYOUTS: dict[str, Layout] = {
     **LAYOUTS,
     "EP2": Layout(expert=2, data=2),
     "TP2+SP EP2 ETP1": Layout(2, expert=2, expert_tensor=1, sequence_parallel=True),
+    "TP2+SP EP2": Layout(2, expert=2, data=2, sequence_parallel=True),
+    "PP2 EP2": Layout(pipeline=2, expert=2, data=2),
 }
+FOUR = ("TP2+SP EP2", "PP2 EP2")
+"""Layouts of four processes, for one case a family."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,33 @@ def training(rank: int, world_size: int, jobs: dict[str, Job], layout: Layout, s
     return found
 
 
+def in_bf16(rank: int, world_size: int, jobs: dict[str, Job]) -> dict[str, tuple[float, float, bool]]:
+    """Losses in fp32 and bf16, and whether every gradient of the latter is a number."""
+    found = {}
+    for name, job in jobs.items():
+        losses, finite = [], True
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.manual_seed(1)
+            model = load(job.root, Layout(), dtype=dtype)
+            labels, _ = labels_and_mask(job.ids)
+            loss = model(job.ids, _positions(job.ids), None, labels=labels).float().mean()
+            loss.backward()
+            losses.append(loss.item())
+            finite = all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+        found[name] = (*losses, finite)
+    return found
+
+
+def context_losses(rank: int, world_size: int, job: Job) -> list[torch.Tensor]:
+    """Of a model that reads a prefix, in training: which positions count, and its logits before and after the token of
+    position 2 is another one."""
+    model = load(job.root, Layout()).eval()
+    changed = job.ids.clone()
+    changed[:, 2] = (changed[:, 2] + 1) % 100
+    before, after = _logits(model, job.ids), _logits(model, changed)
+    return [model.prefix.counts_BS, before, after]
+
+
 # ----------------------------------------------------------------------------------------------- generation and mutants
 
 
@@ -253,7 +284,7 @@ def _wrong_slopes() -> tuple[str, Any]:
 def _late_positions() -> tuple[str, Any]:
     from megatron_patch.layers import embedding
 
-    return "megatron_patch.model.offset_positions", lambda model, n: embedding.offset_positions(model, n - 1)
+    return "megatron_patch.model.prepare_positions", lambda model, n: embedding.prepare_positions(model, n - 1)
 
 
 def _wide_window() -> tuple[str, Any]:

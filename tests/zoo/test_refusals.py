@@ -68,7 +68,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("gptj", {"scale_attn_weights": False}, "family gptj does not honour scale_attn_weights=False"),
     ("gptj", {"embd_pdrop": 0.1}, "embd_pdrop=0.1 must equal resid_pdrop=0.0"),
     ("opt", {"do_layer_norm_before": False}, "family opt does not honour do_layer_norm_before=False"),
-    ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16 is not supported; choose hidden_size=48"),
+    ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16 must equal hidden_size=48"),
     ("opt", {"_remove_final_layer_norm": True}, "family opt does not honour _remove_final_layer_norm=True"),
     ("opt", {"layerdrop": 0.1}, "family opt does not honour layerdrop=0.1"),
     ("glm", {"mlp_bias": True}, "family glm does not honour mlp_bias=True"),

@@ -18,7 +18,7 @@ from megatron_patch.checkpoint.sharding import Pipeline
 from tests.generation.runs import Request, theirs
 from tests.zoo import runs
 from tests.zoo.cases import CASES, Case, logits_of, next_logits_of
-from tests.zoo.runs import LAYOUTS, MOE_LAYOUTS, Job
+from tests.zoo.runs import FOUR, LAYOUTS, MOE_LAYOUTS, Job
 
 STEPS, NEW = 20, 32
 PROMPTS = (5, 14, 9)
@@ -27,8 +27,8 @@ PROMPTS = (5, 14, 9)
 MAIN = {name for name, case in CASES.items() if case.is_main}
 
 
-def _layouts(case: Case) -> dict[str, Any]:
-    return MOE_LAYOUTS if case.is_moe else LAYOUTS
+def _layouts(case: Case) -> list[str]:
+    return [name for name in MOE_LAYOUTS if name in LAYOUTS or (case.is_moe and (case.is_main or name not in FOUR))]
 
 
 def _names(layout: str) -> list[str]:
@@ -134,13 +134,10 @@ def test_loss_and_gradients_equal_the_reference(name: str, layout: str, gradient
     assert {key: error for key, error in errors.items() if not error <= 1e-4} == {}
 
 
-# Three layers or more over two stages, the first one shorter where they are odd.
-TO_AND_FRO = {"torch_dist": Wanted(), "legacy TP2 PP2": Wanted(format="legacy")}
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_there_and_back_is_bit_equal(name: str, place: Callable[[str], Path], tmp_path: Path) -> None:
     case, before = CASES[name], place(name) / "hf" / "model.safetensors"
+    # Over two stages, the first one shorter where layers are odd.
     first = case.num_layers // 2 if case.num_layers % 2 else None
     legacy = Wanted(format="legacy", layout=Ranks(2, Pipeline(2, first=first)))
     convert(place(name) / "megatron", tmp_path / "legacy", legacy)
@@ -222,3 +219,29 @@ def test_an_error_beside_the_weights_changes_the_logits(
 ) -> None:
     job = Job(str(place(name) / "megatron"), CASES[name].ids())
     assert pool.run(runs.planted, 1, job, error)[0] > 1e-2
+
+
+@pytest.fixture(scope="module")
+def rounded(pool: Any, place: Callable[[str], Path]) -> dict[str, tuple[float, float, bool]]:
+    jobs = {name: Job(str(place(name) / "megatron"), CASES[name].ids()) for name in sorted(MAIN)}
+    return pool.run(runs.in_bf16, 1, jobs)[0]
+
+
+@pytest.mark.parametrize("name", sorted(MAIN))
+def test_bf16_gives_the_loss_of_fp32_to_rounding(name: str, rounded: dict[str, Any]) -> None:
+    exact, coarse, has_gradients = rounded[name]
+    assert has_gradients and abs(coarse - exact) <= 0.05 * exact
+
+
+PREFIX = [name for name in ("chatglm_base", "glm_blocks_base", "glm130b_base") if name in CASES]
+
+
+@pytest.mark.parametrize("name", PREFIX)
+def test_no_position_that_sees_its_label_counts(name: str, pool: Any, place: Callable[[str], Path]) -> None:
+    ids = CASES[name].ids(batch=3)
+    start = CASES[name].config.get("sop_token_id", CASES[name].config.get("bos_token_id"))
+    counts, before, after = pool.run(runs.context_losses, 1, Job(str(place(name) / "megatron"), ids))[0]
+    length = (ids == start).int().argmax(1)
+    assert (counts.sum(1) == ids.shape[1] - (length - 1).clamp(min=0)).all()
+    sees_label = (before[:, 1] - after[:, 1]).abs().amax(-1) > 1e-6  # the label of position 1 is the token at 2
+    assert sees_label.any() and not (sees_label & counts[:, 1]).any()
