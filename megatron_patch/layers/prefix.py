@@ -106,8 +106,8 @@ class PrefixReader(nn.Module):
         texts = int((ids_BS == self.start).sum(1).max())
         if texts > 1:
             raise ValueError(
-                f"a row of training data has {texts} start tokens (id {self.start}): what stands before one is read as a"
-                " whole, so a row must be one text; tokenize documents without special tokens, or pad one per row"
+                f"a row of training data has {texts} start tokens (id {self.start}): what stands before one is read as"
+                " a whole, so a row must be one text; tokenize documents without special tokens, or pad one per row"
             )
 
     def _context(self, ids_BS: Tensor) -> tuple[Tensor, Context]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_patch.training.initialize import device
@@ -26,7 +26,7 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
     """
     batch = {name: tensor.to(device(), non_blocking=True) for name, tensor in next(batches).items()}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    prefix = get_attr_wrapped_model(model, "prefix", allow_none=True)
+    prefix = getattr(unwrap_model(model), "prefix", None)
     mask = batch["loss_mask"] if prefix is None else batch["loss_mask"] * prefix.counts_BS
     return output, partial(masked_loss, mask)
 

@@ -215,13 +215,19 @@ def in_bf16(rank: int, world_size: int, jobs: dict[str, Job]) -> dict[str, tuple
 
 
 def context_losses(rank: int, world_size: int, job: Job) -> list[torch.Tensor]:
-    """Of a model that reads a prefix, in training: which positions count, and its logits before and after the token of
-    position 2 is another one."""
-    model = load(job.root, Layout()).eval()
+    """Of a model that reads a prefix: which positions count, how many a training step counts, and logits before and
+    after the token of position 2 is another one."""
+    from megatron_patch.training.loss import forward_step
+
+    model, labels = load(job.root, Layout()), labels_and_mask(job.ids)[0]
+    batch = dict(tokens=job.ids, labels=labels, loss_mask=torch.ones(job.ids.shape), position_ids=_positions(job.ids))
+    output, reduce = forward_step(iter([batch]), model)
+    counted = reduce(output)[1]
+    model.eval()
     changed = job.ids.clone()
     changed[:, 2] = (changed[:, 2] + 1) % 100
     before, after = _logits(model, job.ids), _logits(model, changed)
-    return [model.prefix.counts_BS, before, after]
+    return [model.prefix.counts_BS, counted, before, after]
 
 
 # ----------------------------------------------------------------------------------------------- generation and mutants

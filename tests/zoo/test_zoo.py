@@ -240,8 +240,9 @@ PREFIX = [name for name in ("chatglm_base", "glm_blocks_base", "glm130b_base") i
 def test_no_position_that_sees_its_label_counts(name: str, pool: Any, place: Callable[[str], Path]) -> None:
     ids = CASES[name].ids(batch=3)
     start = CASES[name].config.get("sop_token_id", CASES[name].config.get("bos_token_id"))
-    counts, before, after = pool.run(runs.context_losses, 1, Job(str(place(name) / "megatron"), ids))[0]
+    counts, counted, before, after = pool.run(runs.context_losses, 1, Job(str(place(name) / "megatron"), ids))[0]
     length = (ids == start).int().argmax(1)
+    assert counted == counts.sum()
     assert (counts.sum(1) == ids.shape[1] - (length - 1).clamp(min=0)).all()
     sees_label = (before[:, 1] - after[:, 1]).abs().amax(-1) > 1e-6  # the label of position 1 is the token at 2
     assert sees_label.any() and not (sees_label & counts[:, 1]).any()
