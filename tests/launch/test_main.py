@@ -41,7 +41,7 @@ def test_help_lists_every_command(name: str, capsys: pytest.CaptureFixture[str])
 
 def test_an_unknown_command_exits_with_2_and_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["converge"]) == 2
-    assert "unknown command 'converge'; choose one of doctor, convert" in capsys.readouterr().err
+    assert "unknown command 'converge'; choose one of doctor, families, convert" in capsys.readouterr().err
 
 
 def test_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
