@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 SPLITS = ("train", "valid", "test")
+CleaningStep = Literal[
+    "nfc", "control", "zero-width", "opencc", "pai", "repeated-lines",
+    "length", "cjk-ratio", "symbol-ratio", "repetition-ratio",
+]  # fmt: skip
+"""The steps of `--clean` in the order in which they run: those that change a document, then those that may drop it."""
 
 
 def raise_problems(problems: list[str]) -> None:
@@ -21,8 +27,8 @@ def raise_problems(problems: list[str]) -> None:
 
 
 @dataclass(frozen=True)
-class PreprocessArgs:
-    """Turn text into megatron-core's indexed dataset (.bin and .idx) with a Hugging Face tokenizer."""
+class SourceArgs:
+    """Text, a tokenizer and a place to write."""
 
     input: tuple[str, ...]
     """Files, directories or quoted globs: .jsonl, .json (one object per line) or .txt, each also as .gz or .zst."""
@@ -47,14 +53,16 @@ class PreprocessArgs:
     """Documents between two progress lines when the output is not a terminal."""
     trust_remote_code: bool = False
     """Let transformers run Python code that lies in the tokenizer's directory."""
+    json: str | None = None
+    """Also write the report to this file."""
 
     @property
     def dataset_prefix(self) -> str:
         """The prefix of the dataset to write, which is what --data-path of `pretrain` takes."""
         return f"{self.output_prefix}_{self.json_keys}_document"
 
-    def validate(self) -> None:
-        """Raises ValueError naming everything that is wrong with these arguments."""
+    def source_problems(self) -> list[str]:
+        """Everything that is wrong with these arguments, as far as it can be known before reading."""
         from megatron_patch.data.readers import expand_inputs
 
         problems = []
@@ -69,11 +77,13 @@ class PreprocessArgs:
         if not Path(self.tokenizer_model).is_dir():
             problems.append(f"--tokenizer-model {self.tokenizer_model!r}: no such directory")
         problems += self._output_problems()
+        if self.json and not Path(self.json).parent.is_dir():
+            problems.append(f"--json {self.json}: there is no directory {Path(self.json).parent}")
         try:
             expand_inputs(self.input)
         except ValueError as error:
             problems.append(f"--input: {error}")
-        raise_problems(problems)
+        return problems
 
     def _output_problems(self) -> list[str]:
         if Path(self.output_prefix).name in ("", ".", "..") or self.output_prefix.endswith("/"):
@@ -83,6 +93,104 @@ class PreprocessArgs:
         if existing and not self.overwrite:
             return [f"--output-prefix: {' and '.join(existing)} already there; give --overwrite or another prefix"]
         return []
+
+
+@dataclass(frozen=True)
+class CleaningArgs:
+    """Which cleaning steps a document goes through, and their thresholds."""
+
+    clean: tuple[CleaningStep, ...] = ()
+    """Cleaning steps; they run in the order listed here. Changed: nfc (composed accents; full-width forms stay),
+    control (control characters; line ends become newlines), zero-width (byte-order marks and invisible characters,
+    except joiners that emoji, Arabic and Indic scripts need), opencc (see --opencc-config), pai (the whitelist of the
+    predecessor, which also removes newlines and full-width digits), repeated-lines (a line like the one before it).
+    Dropped, if beyond its threshold: length, cjk-ratio, symbol-ratio, repetition-ratio."""
+    opencc_config: Literal["t2s", "tw2s", "tw2sp", "hk2s", "s2t"] = "t2s"
+    """Conversion of opencc: from traditional (of Taiwan, of Taiwan with its words, of Hong Kong) to simplified
+    Chinese, or back."""
+    min_chars: int = 20
+    """Step length: fewest characters of a document, not counting white space around it."""
+    max_chars: int | None = None
+    """Step length: most characters of a document; without it, no limit."""
+    min_cjk_ratio: float = 0.3
+    """Step cjk-ratio: least share of Chinese characters among those that are not white space."""
+    max_symbol_ratio: float = 0.5
+    """Step symbol-ratio: largest share of characters that are no letters, marks, digits or white space."""
+    max_repetition_ratio: float = 0.5
+    """Step repetition-ratio: largest share of 10-character pieces that the document has had before."""
+
+    @property
+    def cleaning(self) -> CleaningArgs:
+        """These arguments without those of other parts."""
+        return CleaningArgs(**{name: getattr(self, name) for name in CleaningArgs.__dataclass_fields__})
+
+    def cleaning_problems(self) -> list[str]:
+        """Everything that is wrong with these arguments."""
+        problems = [*self._idle_thresholds()]
+        for name in ("min_cjk_ratio", "max_symbol_ratio", "max_repetition_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                problems.append(f"{_flag(name)} {getattr(self, name):g}: a share lies in 0..1")
+        if self.min_chars < 0:
+            problems.append(f"--min-chars {self.min_chars}: must not be negative")
+        if self.max_chars is not None and self.max_chars < max(1, self.min_chars):
+            problems.append(f"--max-chars {self.max_chars}: must be at least 1 and --min-chars ({self.min_chars})")
+        if "opencc" in self.clean and find_spec("opencc") is None:
+            problems.append("--clean opencc: the package is not installed; pip install opencc")
+        return problems
+
+    def _idle_thresholds(self) -> list[str]:
+        """A threshold whose step is not asked for would do nothing, unnoticed."""
+        fields = CleaningArgs.__dataclass_fields__
+        changed = {name for name, field in fields.items() if getattr(self, name) != field.default} - {"clean"}
+        idle = sorted(name for name in changed if _STEP_OF[name] not in self.clean)
+        return [f"{_flag(name)} {getattr(self, name)} has no effect without --clean {_STEP_OF[name]}" for name in idle]
+
+
+_STEP_OF = {
+    "opencc_config": "opencc",
+    "min_chars": "length",
+    "max_chars": "length",
+    "min_cjk_ratio": "cjk-ratio",
+    "max_symbol_ratio": "symbol-ratio",
+    "max_repetition_ratio": "repetition-ratio",
+}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class DedupArgs:
+    """Which documents count as duplicates of earlier ones, and are left out."""
+
+    dedup: Literal["none", "exact", "near"] = "none"
+    """Leave out documents that came before: exact ones (equal but for white space and Unicode compatibility forms),
+    or near ones too (estimated by MinHash). Memory per document kept: 20 bytes for exact, 0.4 KB for near."""
+    dedup_threshold: float = 0.8
+    """With --dedup near: share of common 5-character pieces (Jaccard) from which a document counts as a duplicate."""
+
+    @property
+    def deduplication(self) -> DedupArgs:
+        """These arguments without those of other parts."""
+        return DedupArgs(self.dedup, self.dedup_threshold)
+
+    def dedup_problems(self) -> list[str]:
+        """Everything that is wrong with these arguments."""
+        if not 0 < self.dedup_threshold <= 1:
+            return [f"--dedup-threshold {self.dedup_threshold:g}: a share above 0, at most 1"]
+        if self.dedup != "near" and self.dedup_threshold != DedupArgs.dedup_threshold:
+            return [f"--dedup-threshold {self.dedup_threshold:g} has no effect without --dedup near"]
+        return []
+
+
+@dataclass(frozen=True)
+class PreprocessArgs(DedupArgs, CleaningArgs, SourceArgs):
+    """Turn text into megatron-core's indexed dataset (.bin and .idx) with a Hugging Face tokenizer."""
+
+    def validate(self) -> None:
+        """Raises ValueError naming everything that is wrong with these arguments."""
+        raise_problems([*self.source_problems(), *self.cleaning_problems(), *self.dedup_problems()])
 
 
 @dataclass(frozen=True)
@@ -142,9 +250,15 @@ class DataSpec:
     eod_mask_loss: bool = False
     """Leave positions whose input is the end-of-document token out of the loss."""
     reset_position_ids: bool = False
-    """Megatron-LM's flag to restart positions after every document; not supported yet."""
+    """Count positions from 0 again after every end-of-document token."""
     reset_attention_mask: bool = False
-    """Megatron-LM's flag to hide earlier documents of a sample; not supported yet."""
+    """Let no document of a sample see another. It costs no mask: each document attends by itself."""
+
+    @property
+    def document_flags(self) -> tuple[str, ...]:
+        """Those of the flags given that go by the end-of-document token."""
+        names = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+        return tuple(f"--{name.replace('_', '-')}" for name in names if getattr(self, name))
 
     @property
     def split_shares(self) -> str:
@@ -174,9 +288,6 @@ class DataSpec:
             problems.append(f"--seq-length {self.seq_length}: must be at least 1")
         if not 0 <= self.seed < 2**32:
             problems.append(f"--seed {self.seed}: must lie in 0..2^32-1, the range of numpy's generator")
-        for name in ("reset_position_ids", "reset_attention_mask"):
-            if getattr(self, name):
-                problems.append(f"--{name.replace('_', '-')}: not supported yet; leave it out")
         problems += self._file_problems()
         raise_problems(problems)
 

@@ -5,14 +5,15 @@
         batch["tokens"]  # int64 [micro_batch_size, seq_length]; labels and position_ids too, loss_mask is float32
 
 Works with torch.distributed (every rank builds, rank 0 first) and without. It adds what core leaves out: files are
-checked before they are used, and cached sample indices are tied to the content of the data, not only to its path.
+checked before they are used, data of another tokenizer is refused, and cached sample indices are tied to the content of
+the data, not only to its path.
 It does not know models or the training loop.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_patch.data.arguments import SPLITS, Blend, DataSpec, raise_problems
 from megatron_patch.data.indexed import IndexInfo, read_index
+from megatron_patch.data.manifest import check_fit, index_digest
 from megatron_patch.tokenizer import Tokenizer
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -33,17 +35,27 @@ T = TypeVar("T")
 Splits = tuple[Dataset | None, Dataset | None, Dataset | None]
 
 
-def build_datasets(spec: DataSpec, tokenizer: Tokenizer, num_samples: tuple[int, int, int]) -> Splits:
+def build_datasets(
+    spec: DataSpec,
+    tokenizer: Tokenizer,
+    num_samples: tuple[int, int, int],
+    vocab_size: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Splits:
     """The train, validation and test datasets, each at least `num_samples` long, repeating its documents if need be.
 
     A split of which no sample is wanted is None. Call it on every rank. Raises ValueError if files are missing,
-    damaged or too small for a split.
+    damaged or too small for a split, or if they were made with another tokenizer.
+
+    Args:
+        vocab_size: ids that the model knows; a sample of the data is compared with it, if given.
+        say: takes each line that the user should read.
     """
     spec.validate()
-    if spec.eod_mask_loss and tokenizer.eod is None:
-        raise ValueError(f"--eod-mask-loss: the tokenizer in {tokenizer.directory!r} has no end-of-sequence token")
+    require_eod(spec, tokenizer)
     blends = [spec.blend()] * 3 if spec.data_path else list(spec.blend_per_split())
     indices = {prefix: read_index(prefix) for blend in blends if blend for prefix in blend.prefixes}
+    _check_fit(spec, tokenizer, indices, vocab_size, say)
     config = _config(spec, tokenizer, indices)
     ranges = config.split_matrix or [(0.0, 1.0)] * 3
     raise_problems(_empty_splits(blends, ranges, num_samples, indices))
@@ -52,6 +64,27 @@ def build_datasets(spec: DataSpec, tokenizer: Tokenizer, num_samples: tuple[int,
         datasets = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), lambda: True, config).build()
     raise_problems(_short_splits(datasets, num_samples))
     return tuple(datasets)
+
+
+def require_eod(spec: DataSpec, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if a flag goes by the end-of-document token and the tokenizer has none."""
+    if spec.document_flags and tokenizer.eod is None:
+        flags = ", ".join(spec.document_flags)
+        raise ValueError(f"{flags}: the tokenizer in {tokenizer.directory!r} has no end-of-sequence token")
+
+
+def _check_fit(
+    spec: DataSpec,
+    tokenizer: Tokenizer,
+    indices: dict[str, IndexInfo],
+    vocab_size: int | None,
+    say: Callable[[str], None] | None,
+) -> None:
+    fits = [check_fit(prefix, info, tokenizer, vocab_size, spec.document_flags) for prefix, info in indices.items()]
+    raise_problems([problem for fit in fits for problem in fit.problems])
+    for note in (note for fit in fits for note in fit.notes):
+        if say is not None:
+            say(note)
 
 
 def _config(spec: DataSpec, tokenizer: Tokenizer, indices: dict[str, IndexInfo]) -> GPTDatasetConfig:
@@ -64,8 +97,8 @@ def _config(spec: DataSpec, tokenizer: Tokenizer, indices: dict[str, IndexInfo])
         split=spec.split_shares if blend else None,
         path_to_cache=str(_cache_directory(spec, indices)),
         tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
+        reset_position_ids=spec.reset_position_ids,
+        reset_attention_mask=False,  # the model does it (layers/documents.py): core would make a mask of S x S
         eod_mask_loss=spec.eod_mask_loss,
         create_attention_mask=False,
     )
@@ -79,12 +112,11 @@ def _cache_directory(spec: DataSpec, indices: dict[str, IndexInfo]) -> Path:
     """A directory for core's cached indices that no other version of the data shares.
 
     Core's own key is the path of a dataset: after a rebuild it would use the old index, which points outside the data.
+    The indices name documents and offsets, so the .idx decides; a .bin whose content alone is new is read as it is.
     """
     digest = hashlib.sha256()
     for prefix in indices:
-        digest.update(f"{prefix}\0".encode())
-        with open(f"{prefix}.idx", "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(f"{prefix}\0{index_digest(prefix)}\0".encode())
     # Where core keeps it by default, and where `preprocess --overwrite` clears it away.
     parent = Path(spec.data_cache_path) if spec.data_cache_path else Path(next(iter(indices))) / "cache"
     directory = parent / digest.hexdigest()[:16]

@@ -3,9 +3,10 @@
     report = preprocess(PreprocessArgs(input=("corpus.jsonl",), output_prefix="corpus", tokenizer_model="model/"))
 
 The parent reads records in batches, sends each to a worker and writes the answers in order, so the output depends on
-the input alone. Only a few batches are under way at a time, whichever side is slower. Workers parse and tokenize; they
-import neither torch nor transformers when the tokenizer is a fast one. Any failure, a worker's death among them,
-ends the run with an error and leaves no output.
+the input alone. Only a few batches are under way at a time, whichever side is slower. Workers parse, clean and
+tokenize; they import neither torch nor transformers when the tokenizer is a fast one. They also take the fingerprints
+by which the parent, in order, tells duplicates. Any failure, a worker's death among them, ends the run with an error
+and leaves no output.
 
 Workers are started by "spawn": a script that calls `preprocess` needs an `if __name__ == "__main__"` guard.
 It does not know the flags of training, nor models.
@@ -30,8 +31,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from megatron_patch.data.arguments import PreprocessArgs
+from megatron_patch.data.arguments import CleaningArgs, DedupArgs, PreprocessArgs
+from megatron_patch.data.cleaning import STEPS, Cleaner
+from megatron_patch.data.dedup import Deduplicator, Fingerprints, fingerprints
 from megatron_patch.data.indexed import IndexedWriter, indexed_writer, token_dtype
+from megatron_patch.data.manifest import write_manifest
 from megatron_patch.data.readers import BadRecord, Record, expand_inputs, open_stream, read_records, record_text
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 from megatron_patch.tokenizer.encoder import Encode, EncoderRecipe
@@ -55,6 +59,8 @@ class PreprocessReport:
     """Tokens written, end-of-document tokens included."""
     skipped: tuple[tuple[str, int], ...]
     """Reason and number of the records that were left out, the most frequent reason first."""
+    changed: tuple[tuple[str, int], ...]
+    """Cleaning step and number of the documents that it changed, in the order of the steps."""
     input_bytes: int
     """Size of the input files on disk."""
     output_bytes: int
@@ -83,16 +89,19 @@ def preprocess(args: PreprocessArgs) -> PreprocessReport:
     files = expand_inputs(args.input)
     tokenizer = load_tokenizer(args.tokenizer_model, args.trust_remote_code)
     job = _job(args, tokenizer)
+    deduplicator = Deduplicator(args.deduplication)
     with indexed_writer(args.dataset_prefix, job.dtype) as writer, _Progress(files, args) as progress:
         for batch, result in _tokenized(_read_batches(files, args.txt_document), job, args.workers):
-            _take(result, writer, progress, args.on_error)
+            _take(result, writer, progress, args.on_error, deduplicator)
             progress.advance(batch.disk_bytes)
         _require_documents(progress, args)
+    write_manifest(args.dataset_prefix, tokenizer, append_eod=args.append_eod, max_id=None)
     return PreprocessReport(
         prefix=args.dataset_prefix,
         documents=progress.documents,
         tokens=progress.tokens,
         skipped=tuple(progress.skipped.most_common()),
+        changed=tuple((step, progress.changed[step]) for step in STEPS if progress.changed[step]),
         input_bytes=progress.total_bytes,
         output_bytes=sum(os.path.getsize(f"{args.dataset_prefix}{suffix}") for suffix in (".bin", ".idx")),
         dtype=job.dtype.name,
@@ -105,14 +114,27 @@ def _job(args: PreprocessArgs, tokenizer: Tokenizer) -> _Job:
     if args.append_eod and tokenizer.eod is None:
         raise ValueError(f"--append-eod: the tokenizer in {tokenizer.directory!r} has no end-of-sequence token")
     eod = tokenizer.eod if args.append_eod else None
-    return _Job(tokenizer.encoder_recipe(), args.json_keys, eod, token_dtype(tokenizer.vocab_size))
+    dtype = token_dtype(tokenizer.vocab_size)
+    return _Job(tokenizer.encoder_recipe(), args.json_keys, eod, dtype, args.cleaning, args.deduplication)
 
 
-def _take(result: _Result, writer: IndexedWriter, progress: _Progress, on_error: str) -> None:
+def _take(
+    result: _Result, writer: IndexedWriter, progress: _Progress, on_error: str, deduplicator: Deduplicator
+) -> None:
     if result.errors and on_error == "stop":
         raise ValueError(f"{result.errors[0]} (--on-error skip goes on without such lines)")
+    if result.prints is not None:
+        result = _without_duplicates(result, deduplicator.judge(result.prints))
     progress.count(result)
     writer.add(result.tokens, result.lengths)
+
+
+def _without_duplicates(result: _Result, reasons: list[str | None]) -> _Result:
+    """The result without the documents that there is a reason to leave out."""
+    is_new = np.array([reason is None for reason in reasons], bool)
+    tokens = result.tokens[np.repeat(is_new, result.lengths)]
+    skipped = result.skipped + Counter(reason for reason in reasons if reason is not None)
+    return result._replace(tokens=tokens, lengths=result.lengths[is_new], skipped=skipped)
 
 
 def _require_documents(progress: _Progress, args: PreprocessArgs) -> None:
@@ -219,6 +241,8 @@ class _Job:
     key: str
     eod: int | None
     dtype: np.dtype
+    cleaning: CleaningArgs
+    dedup: DedupArgs
 
 
 class _Result(NamedTuple):
@@ -227,13 +251,18 @@ class _Result(NamedTuple):
     tokens: np.ndarray
     lengths: np.ndarray
     skipped: Counter[str]
+    changed: Counter[str]
+    """Documents that each cleaning step changed, those that a later one dropped included."""
     errors: list[str]
     """Messages of records that are no documents, the first few of the batch."""
+    prints: Fingerprints | None
+    """The documents' fingerprints, where duplicates are to be left out."""
 
 
 class _Worker(NamedTuple):
     job: _Job
     encode: Encode
+    cleaner: Cleaner
 
 
 _worker: _Worker | None = None
@@ -245,7 +274,7 @@ def _start_worker(job: _Job) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # The processes share the cores already; threads inside each would only compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = _Worker(job, job.recipe.build())
+    _worker = _Worker(job, job.recipe.build(), Cleaner(job.cleaning))
 
 
 def _end_with_parent() -> None:
@@ -258,14 +287,21 @@ def _end_with_parent() -> None:
 
 def _work(records: list[Record]) -> _Result:
     assert _worker is not None
-    job, encode = _worker
+    job, encode, cleaner = _worker
     texts, skipped, errors = _texts(records, job.key)
+    texts = [text for text in map(cleaner.clean, texts) if text is not None]
+    changed, dropped = cleaner.take_counts()
     documents = [_end(np.array(ids, job.dtype), job.eod) for ids in encode(texts)] if texts else []
     kept = [document for document in documents if document.size]
     skipped[EMPTY] += len(documents) - len(kept)
+    skipped.update({f"cleaning: {step}": count for step, count in dropped.items()})
     tokens = np.concatenate([np.empty(0, job.dtype), *kept])
     lengths = np.array([document.size for document in kept], np.int32)
-    return _Result(tokens, lengths, +skipped, errors[:_MESSAGES])
+    prints = None
+    if job.dedup.dedup != "none":
+        with_tokens = [text for text, document in zip(texts, documents, strict=True) if document.size]
+        prints = fingerprints(with_tokens, job.dedup)
+    return _Result(tokens, lengths, +skipped, changed, errors[:_MESSAGES], prints)
 
 
 def _texts(records: list[Record], key: str) -> tuple[list[str], Counter[str], list[str]]:
@@ -302,6 +338,7 @@ class _Progress:
         self.total_bytes = sum(os.path.getsize(path) for path in files)
         self.documents = self.tokens = self.messages = 0
         self.skipped: Counter[str] = Counter()
+        self.changed: Counter[str] = Counter()
         self._interval = args.log_interval
         self._start = time.perf_counter()
         self._done = 0
@@ -321,6 +358,7 @@ class _Progress:
         self.documents += len(result.lengths)
         self.tokens += result.tokens.size
         self.skipped += result.skipped
+        self.changed += result.changed
         for message in result.errors[: max(0, _MESSAGES - self.messages)]:
             self.messages += 1
             tail = "; further lines like it are only counted" if self.messages == _MESSAGES else ""

@@ -38,6 +38,10 @@ COMMANDS = {
     "convert": Command("Hugging Face, torch_dist and legacy checkpoints into one another, at any layout"),
     "verify": Command("prove two checkpoints the same model: names, every bit, or logits on text", parallel=True),
     "preprocess": Command("jsonl or plain text -> the .bin/.idx files that pretraining reads"),
+    "merge": Command("join several .bin/.idx datasets into one, and tell the tokens of each"),
+    "inspect": Command("what a .bin/.idx dataset holds: sizes, lengths, special tokens, documents as text"),
+    "verify-data": Command("prove a .bin/.idx dataset sound: index, sizes, ids, ends of documents"),
+    "vocab": Command("extend a tokenizer: train, analyze, merge; give the new tokens their rows: init, verify"),
     "pretrain": Command("pretrain, or continue to pretrain a converted checkpoint", parallel=True),
     "generate": Command("continue prompts with a checkpoint", parallel=True),
 }
@@ -90,7 +94,7 @@ def _rank() -> str:
 
 def _run(name: str, argv: list[str]) -> int:
     num_processes, argv = processes.take_option(argv) if COMMANDS[name].parallel else (1, argv)
-    module = import_module(f"megatron_patch.launch.{name}")
+    module = import_module(f"megatron_patch.launch.{name.replace('-', '_')}")
     if "-h" in argv or "--help" in argv:
         print(processes.HELP if COMMANDS[name].parallel else "", end="")
     elif num_processes > 1:

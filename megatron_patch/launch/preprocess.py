@@ -7,6 +7,9 @@ Parses, validates, runs and prints the report; all else is in `megatron_patch.da
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
@@ -21,9 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; what goes wrong is raised, a user's mistake as ValueError."""
     args = tyro.cli(PreprocessArgs, args=argv, prog="megatron-patch preprocess", config=(tyro.conf.FlagCreatePairsOff,))
     args.validate()
+    from megatron_patch.checkpoint.directory import write_text
     from megatron_patch.data.preprocess import preprocess
 
-    show(preprocess(args))
+    report = preprocess(args)
+    show(report)
+    if args.json:
+        write_text(Path(args.json), json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
     return 0
 
 
@@ -37,6 +44,8 @@ def show(report: PreprocessReport) -> None:
     table.add_row("tokens", f"{report.tokens:,} ({report.dtype})")
     for reason, count in report.skipped:
         table.add_row(f"skipped: {reason}", f"{count:,}")
+    for step, count in report.changed:
+        table.add_row(f"changed by {step}", f"{count:,}")
     table.add_row("input, output bytes", f"{report.input_bytes:,}, {report.output_bytes:,}")
     table.add_row("time", f"{report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s")
     for note in report.notes:

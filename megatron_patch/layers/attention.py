@@ -24,6 +24,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_patch.layers.cache import KVCache
+from megatron_patch.layers.documents import attend_documents
 
 
 class SDPAttention(MegatronModule):
@@ -65,13 +66,16 @@ class SDPAttention(MegatronModule):
         """Attend.
 
         Args:
-            attention_mask: [B or 1, 1, S, L], True where a query must not look (megatron-core's sense), or None.
+            attention_mask: [B or 1, 1, S, L], True where a query must not look (megatron-core's sense), or None; or
+                [B, S], where each query's document starts (documents.py).
 
         Returns:
             [S, B, H * D].
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("SDPAttention takes neither attention_bias nor packed sequences")
+        if _tells_documents(attention_mask):
+            return attend_documents((query_SBHD, key_LBGD, value_LBGD), attention_mask, self._attend_alone)
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBHD, key_LBGD, value_LBGD))
         allowed = None if attention_mask is None else ~attention_mask
         causal = allowed is None and (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
@@ -86,6 +90,12 @@ class SDPAttention(MegatronModule):
         context_BHSD = self._attend(query, key, value, allowed, causal)
         return context_BHSD.permute(2, 0, 1, 3).flatten(2)
 
+    def _attend_alone(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention over rows that hold one document each."""
+        if self.window is None or self.window >= key.shape[2]:
+            return self._attend(query, key, value, None, True)
+        return self._attend(query, key, value, _band(query.shape[2], self.window, query.device), False)
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
         grouped = query.shape[1] != key.shape[1]
         dropout = self.dropout if self.training else 0.0
@@ -97,6 +107,10 @@ class SDPAttention(MegatronModule):
             return F.scaled_dot_product_attention(
                 query, key, value, allowed, dropout_p=dropout, is_causal=causal, scale=self.scale, enable_gqa=grouped
             )
+
+
+def _tells_documents(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dim() == 2
 
 
 @lru_cache(maxsize=2)
@@ -164,15 +178,23 @@ class LogNAttention(SDPAttention):
 
     trained_length = 0
 
-    def forward(self, query_SBHD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, query_SBHD: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if not self.training:
-            length, cache = query_SBHD.shape[0], self.kv_cache
-            positions = (
-                torch.arange(length, device=query_SBHD.device)[:, None] if cache is None else cache.positions_SB()
-            )
+            positions = self._positions_SB(query_SBHD, attention_mask)
             scale = ((positions + 1).float().log() / math.log(self.trained_length)).clamp(min=1.0)
             query_SBHD = query_SBHD * scale[:, :, None, None].to(query_SBHD.dtype)
-        return super().forward(query_SBHD, *args, **kwargs)
+        return super().forward(query_SBHD, key, value, attention_mask, *args, **kwargs)
+
+    def _positions_SB(self, query_SBHD: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Positions in the text: the row's, or where documents are told apart, each document's."""
+        if self.kv_cache is not None:
+            return self.kv_cache.positions_SB()
+        positions_SB = torch.arange(len(query_SBHD), device=query_SBHD.device)[:, None]
+        if _tells_documents(attention_mask):
+            return positions_SB - attention_mask.T.to(query_SBHD.device)
+        return positions_SB
 
 
 def tell_trained_length(model: GPTModel, length: int) -> None:

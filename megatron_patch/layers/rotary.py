@@ -80,7 +80,7 @@ class Rotary(torch.nn.Module):
         Cached keys keep the frequencies of the step that made them, as in transformers. Unlike there, neither longer
         rows of the batch nor earlier texts matter: every row gets what transformers gives it alone in a fresh model.
         """
-        if self.rope.rope_type in _BY_LENGTH:
+        if self.rope.rope_type in BY_LENGTH:
             lengths = self._lengths(positions_SB)
             frequencies = torch.stack([inverse_frequencies(self.rope, self.dim, length) for length in lengths])
             return frequencies.to(positions_SB.device)
@@ -203,4 +203,5 @@ _TYPES: dict[str, Callable[[Rope, int, int], Tensor]] = {
     "yarn": _yarn,
     "ntk_steps": _ntk_steps,
 }
-_BY_LENGTH = ("dynamic", "ntk_steps")
+BY_LENGTH = ("dynamic", "ntk_steps")
+"""Types whose frequencies change with a text's length once it exceeds what the model was trained with."""

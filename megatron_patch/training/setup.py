@@ -5,18 +5,22 @@ The one part of training that looks up a family, by the config beside the checkp
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_patch.checkpoint import directory as layout
 from megatron_patch.checkpoint.megatron import load_weights
-from megatron_patch.data.datasets import build_datasets
+from megatron_patch.data.datasets import build_datasets, require_eod
 from megatron_patch.family import Architecture
+from megatron_patch.layers.documents import separate_documents
 from megatron_patch.model import build_model, transformer_config
 from megatron_patch.models import family_for
 from megatron_patch.tokenizer import load_tokenizer
@@ -53,13 +57,14 @@ def set_up(args: PretrainArgs) -> Run:
     config = _config(args, architecture)
     bare = build_model(architecture, config, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by)
     bare.to(device())
+    files = layout.huggingface_directory(source) if layout.is_megatron(source) else Path(source)
+    _separate_documents(args, bare, files)
     resumes = _resumes(args, source)
     if layout.is_megatron(source) and not resumes:
         load_weights([bare], source)
     model = [wrap(bare, config, args)]
     optimizer, scheduler = build_optimizer(args, derived, config, model)
     trainer = Trainer([bare], optimizer, scheduler, Layout.current(args.use_distributed_optimizer))
-    files = layout.huggingface_directory(source) if layout.is_megatron(source) else Path(source)
     run = Run(args, derived, architecture, config, model, trainer, files)
     if resumes:
         run.progress = checkpointing.load(layout.latest(source)[0], trainer, with_optimizer=not args.no_load_optim)
@@ -68,6 +73,15 @@ def set_up(args: PretrainArgs) -> Run:
     if args.save and dist.get_rank() == 0:
         layout.carry_huggingface(source, args.save)
     return run
+
+
+def _separate_documents(args: PretrainArgs, model: GPTModel, tokenizer_directory: Path) -> None:
+    if not (args.reset_position_ids or args.reset_attention_mask):
+        return
+    tokenizer = load_tokenizer(tokenizer_directory)
+    require_eod(args, tokenizer)
+    flags = {"positions": args.reset_position_ids, "attention": args.reset_attention_mask}
+    separate_documents(model, tokenizer.eod, args.seq_length, **flags)
 
 
 def _config(args: PretrainArgs, architecture: Architecture) -> TransformerConfig:
@@ -118,5 +132,6 @@ def load_datasets(run: Run) -> tuple[Any, Any]:
     args, size = run.args, run.plan.global_batch_size
     tokenizer = load_tokenizer(run.tokenizer_directory)
     wanted = (run.plan.train_iters * size, args.eval_iters * size, 0)
-    train, valid, _ = build_datasets(args.data, tokenizer, wanted)
+    say = partial(print, file=sys.stderr, flush=True) if dist.get_rank() == 0 else None
+    train, valid, _ = build_datasets(args.data, tokenizer, wanted, run.architecture.vocab_size, say)
     return train, valid

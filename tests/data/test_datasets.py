@@ -177,8 +177,6 @@ def test_a_cache_that_cannot_be_written_names_the_flag(tokenizer, tmp_path, writ
         ({"split": "0,0,0"}, "--split 0,0,0"),
         ({"split": "9,-1"}, "--split 9,-1"),
         ({"data_path": (), "train_data_path": ("PREFIX",), "split": "1,1"}, "no meaning with --train-data-path"),
-        ({"reset_position_ids": True}, "--reset-position-ids: not supported yet"),
-        ({"reset_attention_mask": True}, "--reset-attention-mask: not supported yet"),
         ({"seq_length": 0}, "--seq-length 0"),
         ({"seed": -1}, "--seed -1"),
     ],
@@ -241,7 +239,10 @@ def test_no_samples_left_is_an_error():
 
 
 def test_data_of_another_tokenizer_is_an_error(tokenizer, write_dataset):
-    train, _, _ = build_datasets(spec(write_dataset("data", [[1, 2, 700, 3] * 50])), tokenizer, (5, 0, 0))
+    prefix = write_dataset("data", [[1, 2, 700, 3] * 50])
+    with pytest.raises(ValueError, match=f"token id 700, the vocabulary ends at {tokenizer.vocab_size - 1}"):
+        build_datasets(spec(prefix), tokenizer, (5, 0, 0), vocab_size=tokenizer.vocab_size)
+    train, _, _ = build_datasets(spec(prefix), tokenizer, (5, 0, 0))
     with pytest.raises(ValueError, match=f"token id 700, the vocabulary ends at {tokenizer.vocab_size - 1}"):
         next(batches(train, 0, micro_batch_size=1, vocab_size=tokenizer.vocab_size))
 

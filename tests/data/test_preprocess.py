@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -176,7 +177,12 @@ def test_a_run_killed_outright_leaves_no_dataset_and_no_process_and_can_be_repea
     assert not list(tmp_path.glob("*.idx")) and not list(tmp_path.glob("*.bin"))
     assert _gone(workers)
     assert preprocess(args).documents == len(TEXTS) * 200
-    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out_text_document.bin", "out_text_document.idx"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "in.jsonl",
+        "out_text_document.bin",
+        "out_text_document.idx",
+        "out_text_document.json",
+    ]
 
 
 def _gone(pids: list[str], seconds: float = 10.0) -> bool:
@@ -256,3 +262,67 @@ def test_an_existing_dataset_is_kept_unless_overwrite_is_given(bpe, tmp_path):
     assert len(IndexedDataset(first.prefix)) == len(TEXTS)
     preprocess(arguments(tmp_path, bpe, overwrite=True))
     assert len(IndexedDataset(first.prefix)) == 5
+
+
+def dirty_corpus() -> tuple[list[str], list[str], dict[str, int], dict[str, int]]:
+    """Documents, those that should be left of them, how many are skipped for which reason, changed by which step."""
+    draw = random.Random(4)
+    good = ["".join(draw.choices("天地玄黄宇宙洪荒日月盈昃辰宿列张１２３\n", k=200)).strip() for _ in range(60)]
+    texts, kept = [], []
+    for index, text in enumerate(good):
+        kept.append(text)
+        texts.append(f"\ufeff{text}\x00" if index % 3 == 0 else text)  # changed
+        texts.append(" ".join(good[index // 2]))  # an exact copy but for white space, mostly from another batch
+        texts.append(f"{good[index // 2][:-3]}玄玄玄")  # a near copy
+        texts.append(f"short\x07{index}")  # dropped, and changed before
+    skipped = {"duplicate": 60, "near duplicate": 60, "cleaning: length": 60, "empty text": 1}
+    return [*texts, "  \n"], kept, skipped, {"control": 80, "zero-width": 20}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_cleaned_and_deduplicated_data_and_its_counts_do_not_depend_on_workers(workers, bpe, tmp_path, monkeypatch):
+    texts, kept, skipped, changed = dirty_corpus()
+    jsonl(tmp_path / "in.jsonl", texts)
+    monkeypatch.setattr(module, "_BATCH_BYTES", 5000)
+    steps = {"clean": ("length", "zero-width", "control"), "dedup": "near"}
+    report = preprocess(arguments(tmp_path, bpe, append_eod=True, workers=workers, **steps))
+    assert contents(report.prefix) == reference(bpe, kept, f"{tmp_path}/reference", True)
+    assert (report.documents, dict(report.skipped)) == (len(kept), skipped)
+    assert list(report.changed) == list(changed.items())
+
+
+def test_exact_duplicates_are_left_out_across_files_and_near_ones_stay(bpe, tmp_path):
+    _, kept, *_ = dirty_corpus()
+    first, second = jsonl(tmp_path / "a.jsonl", kept[:9]), jsonl(tmp_path / "b.jsonl", [*kept[5:15], kept[0] + "。"])
+    report = preprocess(arguments(tmp_path, bpe, input=(first, second), dedup="exact"))
+    assert contents(report.prefix) == reference(bpe, [*kept[:15], kept[0] + "。"], f"{tmp_path}/reference", False)
+    assert report.skipped == (("duplicate", 4),) and report.changed == ()
+
+
+def test_the_table_and_the_json_tell_what_cleaning_and_deduplication_did(bpe, tmp_path, capsys):
+    texts, kept, skipped, changed = dirty_corpus()
+    args = arguments(tmp_path, bpe, input=(jsonl(tmp_path / "in.jsonl", texts),))
+    flags = ["--clean", "control", "zero-width", "length", "--min-chars", "30", "--dedup", "near"]
+    assert main(command(args, *flags, "--dedup-threshold", "0.75", "--json", f"{tmp_path}/report.json")) == 0
+    table = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for row in ("skipped: near duplicate 60", "skipped: cleaning: length 60", "changed by control 80"):
+        assert row in table
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["documents"], dict(report["skipped"])) == (len(kept), skipped)
+    assert dict(report["changed"]) == changed
+
+
+def test_what_cleaning_leaves_nothing_of_gives_no_dataset(bpe, tmp_path):
+    jsonl(tmp_path / "in.jsonl", ["Latin only", "and again"])
+    with pytest.raises(ValueError, match=r"no document in .*in.jsonl \(2 x cleaning: cjk-ratio\): nothing written"):
+        preprocess(arguments(tmp_path, bpe, clean=("cjk-ratio",)))
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_wrong_cleaning_and_deduplication_flags_are_refused_with_the_others(bpe, tmp_path):
+    jsonl(tmp_path / "in.jsonl", TEXTS)
+    changes = {"min_chars": 5, "dedup_threshold": 2.0, "json": f"{tmp_path}/none/report.json", "workers": 0}
+    with pytest.raises(ValueError) as caught:
+        arguments(tmp_path, bpe, **changes).validate()
+    for flag in ("--min-chars 5 has no effect", "--dedup-threshold 2:", "--json", "--workers 0"):
+        assert flag in str(caught.value)

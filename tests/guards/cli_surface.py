@@ -56,7 +56,7 @@ def parse(argv: list[str]) -> Any:
     try:
         tyro.cli = stop_after_parsing
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
-            import_module(f"megatron_patch.launch.{name}").main(rest)
+            import_module(f"megatron_patch.launch.{name.replace('-', '_')}").main(rest)
     except Parsed as parsed:
         return parsed.arguments
     except SystemExit as stop:
@@ -68,14 +68,17 @@ def parse(argv: list[str]) -> Any:
     raise AssertionError(f"megatron-patch {name} does not begin with tyro.cli")
 
 
-def help_text(name: str) -> str:
-    """What `megatron-patch NAME --help` prints on a terminal so wide that hardly a line wraps."""
+def help_text(*names: str) -> str:
+    """What `megatron-patch NAME --help` prints on a terminal so wide that hardly a line wraps.
+
+    names: a sub-command, and one of its own sub-commands.
+    """
     text = io.StringIO()
     width = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "400"
     try:
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-            command.main([name, "--help"])
+            command.main([*names, "--help"])
     finally:
         os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
     return text.getvalue()
@@ -103,9 +106,16 @@ def _flag(entry: str) -> str:
     return f"{match['flag']} (required)" if value["required"] else f"{match['flag']} = {value['default']}".rstrip()
 
 
+def _commands() -> Iterator[tuple[str, ...]]:
+    """Every sub-command, or its own sub-commands where it has some."""
+    for name in command.COMMANDS:
+        nested = re.search(r"^usage: .*\[-h\] \{([\w,-]+)\}$", help_text(name), re.MULTILINE)
+        yield from ((name, one) for one in nested[1].split(",")) if nested else ((name,),)
+
+
 def surface() -> str:
     """The whole command line as text, sub-commands in the order of their table."""
-    lines = [f"{name} {flag}" for name in command.COMMANDS for flag in flags(help_text(name))]
+    lines = [f"{' '.join(names)} {flag}" for names in _commands() for flag in flags(help_text(*names))]
     return "\n".join(line for line in lines if "--help" not in line) + "\n"
 
 

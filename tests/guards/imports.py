@@ -69,6 +69,9 @@ RULES = {
     # A legacy checkpoint holds Megatron-LM's arguments as an argparse.Namespace; nothing is parsed here.
     "checkpoint.legacy_args": Rule(may=("checkpoint", "checkpoint.sharding", *_MODEL), never=("tyro",)),
     "tokenizer": Rule(never=("megatron", *_RANKS, *_COMMAND_LINE)),
+    "data.tool_arguments": Rule(
+        may=("data.arguments",), never=("torch", "megatron", "transformers", "numpy", *_COMMAND_LINE)
+    ),
     "data": Rule(may=("tokenizer",), never=("safetensors", "megatron.core.parallel_state", *_COMMAND_LINE)),
     "training.arguments": Rule(may=("data.arguments",), never=("torch", "megatron", "transformers", *_COMMAND_LINE)),
     "training": Rule(
@@ -84,8 +87,24 @@ RULES = {
         may=("generation", "tokenizer", "checkpoint.directory", "checkpoint.megatron", *_MODEL),
         never=("transformers", *_COMMAND_LINE),
     ),
+    "vocab.arguments": Rule(
+        may=("data.arguments", "data.readers"), never=("torch", "megatron", "transformers", *_COMMAND_LINE)
+    ),
+    "vocab": Rule(
+        may=(
+            "family",
+            "weights",
+            "models",
+            "tokenizer",
+            "data.readers",
+            "checkpoint.directory",
+            "checkpoint.huggingface",
+            "checkpoint.sharding",
+        ),
+        never=("megatron", "torch.distributed", *_COMMAND_LINE),
+    ),
     "evaluation": Rule(may=_EVERYTHING, never=_COMMAND_LINE),
-    "launch": Rule(may=(*_EVERYTHING, "generation", "evaluation", "memory")),
+    "launch": Rule(may=(*_EVERYTHING, "generation", "evaluation", "memory", "vocab")),
     "__init__": Rule(may=("backend",), never=("torch", "megatron", "transformers")),
     "__main__": Rule(may=("launch",)),
 }

@@ -1,0 +1,285 @@
+"""Rows for new tokens in a Hugging Face model: `megatron-patch vocab init`.
+
+    report = initialise(VocabInitArgs(base="model/", tokenizer="merged/", output="grown/"))
+
+A row is the mean of the rows of the old tokens that its text is made of, computed in fp32 and cast once. Only weight
+files that hold the embedding or the output layer are written anew, tensor by tensor; the others are hard-linked. Which
+tensors those are is asked of the model's family. It knows neither megatron-core nor any model by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_patch.checkpoint.directory import CONFIG, copy_side_files, read_json, staging
+from megatron_patch.checkpoint.huggingface import FilePlan, HFReader, TensorInfo, header, write_index
+from megatron_patch.family import EMBEDDING, Architecture
+from megatron_patch.models import family_for
+from megatron_patch.tokenizer import Tokenizer, load_tokenizer
+from megatron_patch.tokenizer.hf import tokenizer_files
+from megatron_patch.vocab.arguments import VocabInitArgs
+from megatron_patch.vocab.corpus import Corpus, batches
+from megatron_patch.vocab.note import EXTENSION, INITIALISATION, read_note, write_note
+from megatron_patch.vocab.subpieces import Growth, compare
+
+OUTPUT_LAYER = "output_layer."
+_BLOCK = 4096
+_PIECE = 64 << 20
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """What giving new tokens their rows did."""
+
+    output: str
+    method: str
+    base_rows: int
+    rows: int
+    new_tokens: int
+    """Tokens of the new tokenizer that got a row made of others."""
+    filled: int
+    """Rows without a text of their own (reserved, padding): the mean of all old rows."""
+    tied: bool
+    tensors: tuple[str, ...]
+    """Those that were rewritten."""
+    written: tuple[str, ...]
+    """Weight files that were written; the others are the base's."""
+    linked: int
+    seconds: float
+
+    def table(self) -> Iterator[tuple[str, str]]:
+        """Names and values for a table."""
+        yield "method", self.method
+        yield "rows", f"{self.base_rows:,} -> {self.rows:,}"
+        yield "new tokens, rows that only fill up", f"{self.new_tokens:,}, {self.filled:,}"
+        yield "rewritten", f"{', '.join(self.tensors)}{' (tied)' if self.tied else ''}"
+        yield "weight files", f"{len(self.written)} written, {self.linked} taken over"
+        yield "note", "the optimizer's state no longer fits: begin with a fresh one; tokenize all data anew"
+        yield "time", f"{self.seconds:.1f} s"
+
+
+def initialise(args: VocabInitArgs) -> InitReport:
+    """Writes the grown model.
+
+    Raises ValueError for what a user can mend: a tokenizer that does not extend the model's, a model of no known
+    family, a vocabulary tensor that is not there. Nothing is left behind then.
+    """
+    start = time.perf_counter()
+    args.validate()
+    model, old, new = Model(args.base), load_tokenizer(args.base), load_tokenizer(args.tokenizer)
+    reserved = read_note(args.tokenizer, EXTENSION).get("reserved", ())
+    growth = compare(old, new, model.rows, reserved)
+    rows = -(-max(growth.size, model.rows) // args.pad_multiple) * args.pad_multiple
+    counts = _counts(old, args) if args.method == "weighted" else None
+    recipe = Recipe(growth, rows, args.method, args.seed, model.std, counts)
+    with staging(args.output, args.overwrite) as staged:
+        copy_side_files(args.base, staged)
+        _replace_tokenizer(staged, Path(args.tokenizer))
+        (staged / CONFIG).write_text(json.dumps(model.grown_config(rows), indent=2, ensure_ascii=False) + "\n")
+        written = _write_weights(model, recipe, staged, args.copy)
+        write_note(staged, INITIALISATION, _note(args, model, recipe))
+    own = [ids for ids in growth.sources.values() if ids]
+    return InitReport(
+        output=args.output,
+        method=args.method,
+        base_rows=model.rows,
+        rows=rows,
+        new_tokens=len(own),
+        filled=rows - len(growth.old_ids) - len(own),
+        tied=model.architecture.tied,
+        tensors=model.tensors,
+        written=written,
+        linked=len(model.reader.plan.files) - len(written),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _note(args: VocabInitArgs, model: Model, recipe: Recipe) -> dict[str, Any]:
+    return {
+        "method": args.method,
+        "seed": args.seed,
+        "base_rows": model.rows,
+        "rows": recipe.rows,
+        "tensors": list(model.tensors),
+        "counts": recipe.counts and {str(i): recipe.counts[i] for i in sorted(recipe.used) if recipe.counts[i]},
+    }
+
+
+def _counts(old: Tokenizer, args: VocabInitArgs) -> list[int]:
+    """How often the corpus has each old token."""
+    counts = [0] * old.vocab_size
+    for texts in batches(Corpus(args.corpus, args.text_key)):
+        for number in chain.from_iterable(old.encode_batch(texts, add_special_tokens=False)):
+            counts[number] += 1
+    return counts
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+class Model:
+    """A Hugging Face model, and which of its tensors have a row for each token.
+
+    Raises:
+        ValueError: it is of no known family, or a tensor that must be there is not.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.config = read_json(Path(directory) / CONFIG)
+        self.architecture: Architecture = family_for(self.config).describe(self.config)
+        self.reader = HFReader(directory)
+        self.infos: Mapping[str, TensorInfo] = self.reader.infos
+        self.tensors = self._vocabulary_tensors()
+        self.embedding = self.tensors[0]
+        self.rows = self.infos[self.embedding].shape[0]
+        if wrong := [name for name in self.tensors if self.infos[name].shape[0] != self.rows]:
+            raise ValueError(f"{directory}: {wrong[0]} has {self.infos[wrong[0]].shape[0]} rows, not {self.rows}")
+
+    @property
+    def std(self) -> float:
+        """Of fresh weights."""
+        return float(self.config.get("initializer_range") or 0.02)
+
+    def _vocabulary_tensors(self) -> tuple[str, ...]:
+        """The embedding, the output layer, and tensors that merely repeat them; as they are called in these files."""
+        rules = self.architecture.family.weights
+        inner = (EMBEDDING,) if self.architecture.tied else (EMBEDDING, OUTPUT_LAYER)
+        wanted = [name for part in inner for rule in rules if rule.internal.startswith(part) for name in rule.hf]
+        found = [self._found(name) for name in wanted]
+        repeats = self.architecture.repeats
+        copies = [name for name, original in repeats.items() if original in wanted and name in self.infos]
+        return tuple(dict.fromkeys([*found, *copies]))
+
+    def _found(self, name: str) -> str:
+        short = name.partition(".")[2]  # some checkpoints leave out the module around everything
+        if name not in self.infos and short not in self.infos:
+            raise ValueError(f"{self.reader.directory} has no tensor {name}, which its family must have")
+        return name if name in self.infos else short
+
+    def part(self, name: str) -> int:
+        """The number of a tensor among `tensors`, or of the one that it repeats."""
+        original = self.architecture.repeats.get(name)
+        return self.tensors.index(self._found(original) if original else name)
+
+    def grown_config(self, rows: int) -> dict[str, Any]:
+        """config.json with another number of rows."""
+        fields = {self.architecture.family.vocab_size, "vocab_size"}
+        known = {name: rows for name in fields if self.config.get(name) is not None}
+        return {**self.config, **known}
+
+
+# ------------------------------------------------------------------------------------------------------------ the rows
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the grown tensors are made."""
+
+    growth: Growth
+    rows: int
+    method: str
+    seed: int
+    std: float
+    counts: Sequence[int] | None = None
+    """How often each old token occurs, for the method weighted."""
+
+    @property
+    def used(self) -> set[int]:
+        """Old ids that new rows are made of."""
+        return set(chain.from_iterable(self.growth.sources.values()))
+
+    def grow(self, old: Tensor, part: int) -> Tensor:
+        """The tensor with `rows` rows: those of old tokens as they are, new ones in its dtype, computed in fp32.
+
+        Args:
+            part: which of the model's tensors it is; random rows are others in each.
+        """
+        grown = torch.empty(self.rows, *old.shape[1:], dtype=old.dtype)
+        keep = min(len(old), self.rows)
+        grown[:keep] = old[:keep]
+        centre = self._mean_of_all(old)
+        generator = torch.Generator().manual_seed(self.seed + part)
+        for number in sorted({*self.growth.sources, *range(keep, self.rows)}):
+            parts = self.growth.sources.get(number, ())
+            grown[number] = self._row(old, parts, generator) if parts else centre
+        return grown
+
+    def _row(self, old: Tensor, parts: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        if self.method == "random" and old.dim() > 1:
+            return torch.randn(old.shape[1:], generator=generator) * self.std
+        return self.mix(old, parts)
+
+    def mix(self, old: Tensor, parts: tuple[int, ...]) -> Tensor:
+        """What the method makes of some entries along the first axis, in fp32."""
+        parts = {"first": parts[:1], "last": parts[-1:]}.get(self.method, parts)
+        weights = torch.ones(len(parts))
+        if self.method == "weighted" and self.counts is not None:
+            weights = torch.tensor([1.0 + self.counts[part] for part in parts])
+        return torch.tensordot(weights / weights.sum(), old[list(parts)].float(), dims=1)
+
+    def _mean_of_all(self, old: Tensor) -> Tensor:
+        ids = torch.tensor(self.growth.old_ids)
+        total = sum(old[block].double().sum(0) for block in ids.split(_BLOCK))
+        return (total / len(ids)).float()
+
+
+# ------------------------------------------------------------------------------------------------------- the new files
+
+
+def _replace_tokenizer(staged: Path, tokenizer: Path) -> None:
+    """Puts the new tokenizer's files in the place of all of the old one's: what is stale would win over them."""
+    for file in (*tokenizer_files(staged), staged / EXTENSION, staged / INITIALISATION):
+        file.unlink(missing_ok=True)
+    for file in (*tokenizer_files(tokenizer), *tokenizer.glob("chat_template*"), tokenizer / EXTENSION):
+        if file.is_file():
+            shutil.copyfile(file, staged / file.name)
+
+
+def _write_weights(model: Model, recipe: Recipe, staged: Path, copy: bool) -> tuple[str, ...]:
+    """Writes the files with a changed tensor, takes over the others; returns the names of those written."""
+    plan, present, written = model.reader.plan, set(model.reader.files), []
+    infos = dict(model.infos) | {
+        name: TensorInfo(model.infos[name].dtype, (recipe.rows, *model.infos[name].shape[1:])) for name in model.tensors
+    }
+    for file, names in plan.files.items():
+        if file in present and not set(names) & set(model.tensors):
+            _take_over(model.reader.directory / file, staged / file, copy)
+            continue
+        _write_file(staged / file, names, infos, plan, model, recipe)
+        written.append(file)
+    write_index(staged, plan, infos)
+    return tuple(written)
+
+
+def _take_over(source: Path, target: Path, copy: bool) -> None:
+    if not copy:
+        try:
+            return os.link(source.resolve(), target)
+        except OSError:
+            pass  # another file system, or one without hard links
+    shutil.copyfile(source, target)
+
+
+def _write_file(
+    path: Path, names: Sequence[str], infos: Mapping[str, TensorInfo], plan: FilePlan, model: Model, recipe: Recipe
+) -> None:
+    with path.open("wb") as file:
+        file.write(header(names, infos, plan.metadata.get(path.name)).content)
+        for name in names:
+            tensor = model.reader.read(name)
+            if name in model.tensors:
+                tensor = recipe.grow(tensor, model.part(name))
+            data = tensor.contiguous().flatten().view(torch.uint8)
+            for piece in data.split(_PIECE):
+                file.write(piece.numpy().data)
