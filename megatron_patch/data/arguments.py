@@ -10,9 +10,11 @@ import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 SPLITS = ("train", "valid", "test")
+SETTINGS = "settings.json"
+"""What a begun run of `preprocess` keeps in PREFIX.partial beside its shards."""
 CleaningStep = Literal[
     "nfc", "control", "zero-width", "opencc", "pai", "repeated-lines",
     "length", "cjk-ratio", "symbol-ratio", "repetition-ratio",
@@ -26,27 +28,54 @@ def raise_problems(problems: list[str]) -> None:
         raise ValueError("\n".join(problems))
 
 
+def are_shares(text: str) -> bool:
+    """Whether a text is up to three shares, not all 0, as in 99,1,0."""
+    parts = [part.strip() for part in text.split(",")]
+    # Plain decimals only: megatron-core would read 1e-3 as two numbers.
+    plain = all(part.replace(".", "", 1).isdecimal() for part in parts)
+    return plain and len(parts) <= 3 and sum(map(float, parts)) > 0
+
+
+def _shares_problem(text: str) -> str:
+    return f"--split {text}: give up to three shares of train,valid,test, not all 0, as in 99,1,0"
+
+
 @dataclass(frozen=True)
 class SourceArgs:
     """Text, a tokenizer and a place to write."""
 
     input: tuple[str, ...]
-    """Files, directories or quoted globs: .jsonl, .json (one object per line) or .txt, each also as .gz or .zst."""
+    """Files, directories or quoted globs: .jsonl (an object a line), .json (lines, or one array), .txt, each also as
+    .gz or .zst; .parquet; "-" for JSON lines from standard input."""
     output_prefix: str
     """Where to write: PREFIX_KEY_document.bin and .idx, KEY being --json-keys (so PREFIX_text_document by default)."""
     tokenizer_model: str
     """Hugging Face directory that holds the tokenizer."""
-    json_keys: str = "text"
-    """Key of the JSON objects whose string is the document."""
+    json_keys: tuple[str, ...] = ("text",)
+    """Keys of the JSON objects whose strings are the documents; each makes a dataset of its own."""
+    layout: Literal["records", "wudao"] = "records"
+    """What the objects are: records with the text under --json-keys, or those of WuDao, whose text is title and content
+    with a line end between them."""
     txt_document: Literal["file", "line", "paragraph"] = "file"
     """What makes a document in a .txt file: the whole file, each line, or each block between blank lines."""
     workers: int = 1
     """Number of processes that tokenize. The output does not depend on it."""
+    engine: Literal["auto", "fastokens", "gigatoken", "tiktoken", "sentencepiece", "hf"] = "auto"
+    """What tokenizes. auto: the fastest that is installed and proves equal to transformers (hf) on this tokenizer, with
+    the first documents and texts that are made to be hard; pip install megatron-patch[engines]."""
     append_eod: bool = False
     """End every document with the tokenizer's end-of-sequence token. Wanted for nearly all pretraining: without it
     documents run into one another unmarked."""
-    on_error: Literal["stop", "skip"] = "stop"
-    """What to do at a line that is no document: stop, or report it, skip it and count it."""
+    max_doc_tokens: int | None = None
+    """Cut longer documents into several of at most so many tokens, each with its own end under --append-eod."""
+    on_error: Literal["stop", "skip", "quarantine"] = "stop"
+    """What to do at a record that is no document: stop; leave it out and count it; or also keep it, with file, line and
+    reason, in PREFIX.quarantine.jsonl."""
+    max_errors: str = "1%"
+    """With --on-error skip or quarantine: write no dataset and exit with code 3 if more records than this are bad, a
+    number or a percentage of all. What was tokenized is kept: run again with a higher limit."""
+    resume: Literal["auto", "never"] = "auto"
+    """Whether to go on from what a killed or failed run with the same settings left in PREFIX.partial."""
     overwrite: bool = False
     """Replace an existing dataset of the same name."""
     log_interval: int = 10_000
@@ -57,42 +86,103 @@ class SourceArgs:
     """Also write the report to this file."""
 
     @property
-    def dataset_prefix(self) -> str:
-        """The prefix of the dataset to write, which is what --data-path of `pretrain` takes."""
-        return f"{self.output_prefix}_{self.json_keys}_document"
+    def partial_directory(self) -> Path:
+        """Where the finished part of a run lies until it is whole."""
+        return Path(f"{self.output_prefix}.partial")
+
+    @property
+    def quarantine_path(self) -> Path:
+        """Where bad records go."""
+        return Path(f"{self.output_prefix}.quarantine.jsonl")
 
     def source_problems(self) -> list[str]:
         """Everything that is wrong with these arguments, as far as it can be known before reading."""
         from megatron_patch.data.readers import expand_inputs
 
+        problems = [*self._number_problems()]
+        for key in self.json_keys:
+            if not key or "/" in key or self.json_keys.count(key) > 1:
+                problems.append(
+                    f"--json-keys {key!r}: give each key once, without '/' (it becomes part of a file name)"
+                )
+        if not self.json_keys:
+            problems.append("--json-keys: give at least one key")
+        if not Path(self.tokenizer_model).is_dir():
+            problems.append(f"--tokenizer-model {self.tokenizer_model!r}: no such directory")
+        if self.json and not Path(self.json).parent.is_dir():
+            problems.append(f"--json {self.json}: there is no directory {Path(self.json).parent}")
+        try:
+            expand_inputs(self.input, stdin=True)
+        except ValueError as error:
+            problems.append(f"--input: {error}")
+        return problems
+
+    def _number_problems(self) -> list[str]:
         problems = []
         if self.workers < 1:
             problems.append(f"--workers {self.workers}: at least 1 process must tokenize")
         if self.log_interval < 1:
             problems.append(f"--log-interval {self.log_interval}: must be at least 1 document")
-        if not self.json_keys or "/" in self.json_keys:
-            problems.append(
-                f"--json-keys {self.json_keys!r}: give one key, without '/' (it becomes part of a file name)"
-            )
-        if not Path(self.tokenizer_model).is_dir():
-            problems.append(f"--tokenizer-model {self.tokenizer_model!r}: no such directory")
-        problems += self._output_problems()
-        if self.json and not Path(self.json).parent.is_dir():
-            problems.append(f"--json {self.json}: there is no directory {Path(self.json).parent}")
+        if self.max_doc_tokens is not None and self.max_doc_tokens < 2:
+            problems.append(f"--max-doc-tokens {self.max_doc_tokens}: must be at least 2")
         try:
-            expand_inputs(self.input)
+            parse_limit(self.max_errors)
         except ValueError as error:
-            problems.append(f"--input: {error}")
+            problems.append(f"--max-errors {error}")
+        if self.on_error == "stop" and self.max_errors != SourceArgs.max_errors:
+            problems.append(f"--max-errors {self.max_errors} has no effect without --on-error skip or quarantine")
         return problems
 
-    def _output_problems(self) -> list[str]:
-        if Path(self.output_prefix).name in ("", ".", "..") or self.output_prefix.endswith("/"):
-            return [f"--output-prefix {self.output_prefix!r}: must end in the first part of a file name"]
-        existing = [f"{self.dataset_prefix}{suffix}" for suffix in (".bin", ".idx")]
-        existing = [path for path in existing if Path(path).exists()]
-        if existing and not self.overwrite:
-            return [f"--output-prefix: {' and '.join(existing)} already there; give --overwrite or another prefix"]
-        return []
+
+class Limit(NamedTuple):
+    """How many records may be bad."""
+
+    count: int | None
+    """So many."""
+    share: float
+    """Or this share of all."""
+
+    def is_exceeded(self, bad: int, records: int) -> bool:
+        """Whether so many of so many are too many."""
+        return bad > (self.share * records if self.count is None else self.count)
+
+
+def parse_limit(text: str) -> Limit:
+    """Reads 100 or 0.1%; ValueError for anything else."""
+    number = _number(text.removesuffix("%"))
+    if number is None or not 0 <= number < math.inf or (text.endswith("%") and number > 100):
+        raise ValueError(f"{text!r}: give a number of records, or a percentage of them such as 0.1%")
+    if text.endswith("%"):
+        return Limit(None, number / 100)
+    if number != int(number):
+        raise ValueError(f"{text!r}: a number of records is a whole number; for a share write {text}%")
+    return Limit(int(number), 0.0)
+
+
+@dataclass(frozen=True)
+class OrderArgs:
+    """In which order documents are written, and into how many datasets."""
+
+    shuffle: int | None = None
+    """Shuffle the documents, with this seed. Wanted where `pretrain --split` is to cut validation from the same data:
+    it cuts the end off, which would be the last source alone."""
+    split: str | None = None
+    """Divide the documents, drawn at random, into datasets of their own: shares of train, valid and test, as in 98,1,1.
+    They are named PREFIX_KEY_train_document and so on, for --train-data-path and its companions."""
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The numbers of --split; none without it."""
+        return tuple(map(float, self.split.split(","))) if self.split and are_shares(self.split) else ()
+
+    def order_problems(self) -> list[str]:
+        """Everything that is wrong with these arguments."""
+        problems = []
+        if self.shuffle is not None and not 0 <= self.shuffle < 2**32:
+            problems.append(f"--shuffle {self.shuffle}: a seed lies in 0..2^32-1, the range of numpy's generator")
+        if self.split is not None and not are_shares(self.split):
+            problems.append(_shares_problem(self.split))
+        return problems
 
 
 @dataclass(frozen=True)
@@ -185,12 +275,34 @@ class DedupArgs:
 
 
 @dataclass(frozen=True)
-class PreprocessArgs(DedupArgs, CleaningArgs, SourceArgs):
-    """Turn text into megatron-core's indexed dataset (.bin and .idx) with a Hugging Face tokenizer."""
+class PreprocessArgs(DedupArgs, CleaningArgs, OrderArgs, SourceArgs):
+    """Turn text into megatron-core's indexed dataset (.bin and .idx) with a Hugging Face tokenizer.
+
+    Exit codes: 0 done; 1 failed (what was finished is kept, run it again to go on); 2 wrong arguments; 3 more bad
+    records than --max-errors.
+    """
+
+    def dataset_prefix(self, key: str, split: str = "") -> str:
+        """The prefix of a dataset to write, which is what --data-path of `pretrain` takes."""
+        return f"{self.output_prefix}_{key}_{split + '_' if split else ''}document"
 
     def validate(self) -> None:
         """Raises ValueError naming everything that is wrong with these arguments."""
-        raise_problems([*self.source_problems(), *self.cleaning_problems(), *self.dedup_problems()])
+        problems = [*self.source_problems(), *self.order_problems(), *self.cleaning_problems(), *self.dedup_problems()]
+        raise_problems([*problems, *self._output_problems()])
+
+    def _output_problems(self) -> list[str]:
+        if Path(self.output_prefix).name in ("", ".", "..") or self.output_prefix.endswith("/"):
+            return [f"--output-prefix {self.output_prefix!r}: must end in the first part of a file name"]
+        if (self.partial_directory / SETTINGS).is_file() and self.resume == "auto":
+            return []  # the run that began it had leave to write here; it may have got as far as the first dataset
+        splits = [name for name, share in zip(SPLITS, self.shares, strict=False) if share] or [""]
+        prefixes = [self.dataset_prefix(key, split) for key in self.json_keys for split in splits]
+        paths = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".bin", ".idx")]
+        existing = [path for path in paths if Path(path).exists()]
+        if existing and not self.overwrite:
+            return [f"--output-prefix: {' and '.join(existing)} already there; give --overwrite or another prefix"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -228,7 +340,26 @@ def _number(value: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class DataSpec:
+class RowArgs:
+    """The rows of a batch, and their order."""
+
+    seq_length: int = 1024
+    """Tokens in a training sample."""
+    seed: int = 1234
+    """Seed of the order in which samples are drawn."""
+
+    def row_problems(self) -> list[str]:
+        """Everything that is wrong with these values."""
+        found = []
+        if self.seq_length < 1:
+            found.append(f"--seq-length {self.seq_length}: must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            found.append(f"--seed {self.seed}: must lie in 0..2^32-1, the range of numpy's generator")
+        return found
+
+
+@dataclass(frozen=True)
+class DataSpec(RowArgs):
     """The datasets of a training run."""
 
     data_path: tuple[str, ...] = ()
@@ -243,10 +374,6 @@ class DataSpec:
     """Dataset prefixes for the test, with --train-data-path."""
     data_cache_path: str | None = None
     """Where to keep the sample indices (default: beside the first dataset, in PREFIX/cache)."""
-    seq_length: int = 1024
-    """Tokens in a training sample."""
-    seed: int = 1234
-    """Seed of the order in which samples are drawn."""
     eod_mask_loss: bool = False
     """Leave positions whose input is the end-of-document token out of the loss."""
     reset_position_ids: bool = False
@@ -283,13 +410,9 @@ class DataSpec:
 
     def validate(self) -> None:
         """Raises ValueError naming everything that is wrong with these arguments; missing files among it."""
-        problems = [*self._source_problems(), *self._split_problems()]
-        if self.seq_length < 1:
-            problems.append(f"--seq-length {self.seq_length}: must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            problems.append(f"--seed {self.seed}: must lie in 0..2^32-1, the range of numpy's generator")
-        problems += self._file_problems()
-        raise_problems(problems)
+        raise_problems(
+            [*self._source_problems(), *self._split_problems(), *self.row_problems(), *self._file_problems()]
+        )
 
     def _source_problems(self) -> list[str]:
         if self.data_path and any(self.per_split_paths):
@@ -301,12 +424,7 @@ class DataSpec:
         return []
 
     def _split_problems(self) -> list[str]:
-        # Plain decimals only: megatron-core would read 1e-3 as two numbers.
-        parts = [part.strip() for part in self.split_shares.split(",")]
-        plain = all(part.replace(".", "", 1).isdecimal() for part in parts)
-        if plain and len(parts) <= 3 and sum(map(float, parts)) > 0:
-            return []
-        return [f"--split {self.split}: give up to three shares of train,valid,test, not all 0, as in 99,1,0"]
+        return [] if are_shares(self.split_shares) else [_shares_problem(self.split_shares)]
 
     def _file_problems(self) -> list[str]:
         try:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -30,6 +31,8 @@ from megatron_patch.tokenizer import Tokenizer
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 """What a batch holds."""
+STARTS = "starts"
+"""What it holds too where the dataset tells the texts of a row apart by itself: where each token's text starts."""
 
 T = TypeVar("T")
 Splits = tuple[Dataset | None, Dataset | None, Dataset | None]
@@ -63,6 +66,9 @@ def build_datasets(
     with _process_group():
         datasets = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), lambda: True, config).build()
     raise_problems(_short_splits(datasets, num_samples))
+    for line in source_lines(spec, blends[0], ranges[0], num_samples[0], indices):
+        if say is not None:
+            say(line)
     return tuple(datasets)
 
 
@@ -85,6 +91,28 @@ def _check_fit(
     for note in (note for fit in fits for note in fit.notes):
         if say is not None:
             say(note)
+
+
+def source_lines(
+    spec: DataSpec,
+    blend: Blend | None,
+    bounds: tuple[float, float] | None,
+    num_samples: int,
+    indices: dict[str, IndexInfo],
+) -> Iterator[str]:
+    """For each source of the training data: its tokens, its share of what will be read, and how often it is read."""
+    if blend is None or bounds is None or not num_samples:
+        return
+    tokens = []
+    for prefix in blend.prefixes:
+        lengths = indices[prefix].lengths
+        begin, end = (round(bound * len(lengths)) for bound in bounds)
+        tokens.append(int(lengths[begin:end].sum(dtype=np.int64)))
+    weights = blend.weights or tokens
+    for prefix, count, weight in zip(blend.prefixes, tokens, weights, strict=True):
+        share = weight / sum(weights)
+        times = num_samples * spec.seq_length * share / count
+        yield f"train: {prefix}: {count:,} tokens, {share:.1%} of what is read, {times:.2f} times over"
 
 
 def _config(spec: DataSpec, tokenizer: Tokenizer, indices: dict[str, IndexInfo]) -> GPTDatasetConfig:
@@ -196,13 +224,14 @@ def batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches of one data-parallel rank, from `consumed_samples` (of all ranks together) to the dataset's end.
 
-    tokens, labels, position_ids: int64 [micro_batch_size, seq_length]; loss_mask: float32, same shape.
+    tokens, labels, position_ids, and starts where the dataset has them: int64 [micro_batch_size, seq_length];
+    loss_mask: float32, same shape.
     Raises ValueError if a token id is not below vocab_size: the data was made with another tokenizer.
     """
     order = sample_indices(len(dataset), consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
     loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, pin_memory=torch.cuda.is_available())
     for sample in loader:
-        batch = {key: sample[key] for key in KEYS}
+        batch = {key: sample[key] for key in (*KEYS, STARTS) if key in sample}
         largest = int(torch.maximum(batch["tokens"].max(), batch["labels"].max()))
         if largest >= vocab_size:
             raise ValueError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_patch.data.indexed import _CODES, _DTYPES, _HEADER, _MAGIC
+from megatron_patch.data.indexed import CODES, DTYPES, HEADER, MAGIC
 
 _CHUNK = 1 << 20
 """Entries of an index that are in memory at a time."""
@@ -86,25 +86,25 @@ def open_index(prefix: str) -> IndexFile:
     path = f"{prefix}.idx"
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        head = file.read(_HEADER.size)
-    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
+        head = file.read(HEADER.size)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
         raise ValueError(f"{path} is not the index of a megatron-core dataset")
-    _, version, code, sequences, marks = _HEADER.unpack(head)
-    if version != 1 or code not in _DTYPES:
-        raise ValueError(f"{path}: version {version} and token type {code}; known are version 1, types {[*_DTYPES]}")
+    _, version, code, sequences, marks = HEADER.unpack(head)
+    if version != 1 or code not in DTYPES:
+        raise ValueError(f"{path}: version {version} and token type {code}; known are version 1, types {[*DTYPES]}")
     if not sequences or marks < 2:
         raise ValueError(f"{path} holds no document")
-    expected = _HEADER.size + 12 * sequences + 8 * marks
+    expected = HEADER.size + 12 * sequences + 8 * marks
     if size not in (expected, expected + sequences):
         raise ValueError(
             f"{path} has {size} bytes where {sequences} sequences and {marks - 1} documents need {expected} "
             f"(or {expected + sequences} with modes)"
         )
-    return _sections(prefix, np.dtype(_DTYPES[code]), sequences, marks, size > expected)
+    return _sections(prefix, np.dtype(DTYPES[code]), sequences, marks, size > expected)
 
 
 def _sections(prefix: str, dtype: np.dtype, sequences: int, marks: int, with_modes: bool) -> IndexFile:
-    path, offset, found = f"{prefix}.idx", _HEADER.size, []
+    path, offset, found = f"{prefix}.idx", HEADER.size, []
     kinds = [(np.int32, sequences), (np.int64, sequences), (np.int64, marks), (np.int8, sequences)]
     for kind, count in kinds if with_modes else kinds[:3]:
         # An ndarray, so that nothing computed from it claims to be a file.
@@ -124,7 +124,7 @@ def structure_problems(index: IndexFile) -> Iterator[Problem]:
 
 
 def _mark_problems(index: IndexFile) -> Iterator[Problem]:
-    path, start = f"{index.prefix}.idx", _HEADER.size + 12 * index.num_sequences
+    path, start = f"{index.prefix}.idx", HEADER.size + 12 * index.num_sequences
     if index.marks[0] != 0:
         yield Problem(f"the first document starts at sequence {index.marks[0]}, not 0", path, 0, start)
     if index.marks[-1] != index.num_sequences:
@@ -143,7 +143,7 @@ def _mark_problems(index: IndexFile) -> Iterator[Problem]:
 
 def _sequence_problems(index: IndexFile) -> Iterator[Problem]:
     """Lengths that are none, and starts that are not where the sequence before ends."""
-    path, first = f"{index.prefix}.idx", _HEADER.size
+    path, first = f"{index.prefix}.idx", HEADER.size
     expected = 0
     for begin in range(0, index.num_sequences, _CHUNK):
         lengths = index.lengths[begin : begin + _CHUNK].astype(np.int64)
@@ -184,7 +184,7 @@ def joined(parts: list[IndexFile], dtype: np.dtype) -> Iterator[bytes]:
     order (`structure_problems`), and all or none must have modes.
     """
     sequences, documents = sum(part.num_sequences for part in parts), sum(part.num_documents for part in parts)
-    yield _HEADER.pack(_MAGIC, 1, _CODES[dtype], sequences, documents + 1)
+    yield HEADER.pack(MAGIC, 1, CODES[dtype], sequences, documents + 1)
     yield from (lengths.tobytes() for part in parts for lengths in _chunks(part.lengths))
     before = 0
     for part in parts:

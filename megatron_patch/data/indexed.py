@@ -22,11 +22,11 @@ from typing import IO
 
 import numpy as np
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
 # Codes 6 and 7 are floats: not tokens.
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -57,7 +57,7 @@ class IndexedWriter:
         count = len(lengths)
         starts = np.zeros(count, np.int64)
         np.cumsum(lengths[:-1], out=starts[1:], dtype=np.int64)
-        header = _HEADER.pack(_MAGIC, 1, _CODES[self.dtype], count, count + 1)
+        header = HEADER.pack(MAGIC, 1, CODES[self.dtype], count, count + 1)
         marks = np.arange(count + 1, dtype=np.int64)
         return [header, lengths.tobytes(), (starts * self.dtype.itemsize).tobytes(), marks.tobytes()]
 
@@ -70,15 +70,15 @@ def indexed_writer(prefix: str, dtype: np.dtype) -> Iterator[IndexedWriter]:
     """
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     bin_tmp, idx_tmp = Path(f"{prefix}.bin.tmp"), Path(f"{prefix}.idx.tmp")
-    with _locked(bin_tmp) as bin_file:
+    with locked(bin_tmp) as bin_file:
         try:
             writer = IndexedWriter(bin_file, dtype)
             yield writer
-            _sync(bin_file)
+            sync(bin_file)
             with open(idx_tmp, "wb") as idx_file:
                 idx_file.writelines(writer.index_bytes())
-                _sync(idx_file)
-            _publish(prefix, bin_tmp, idx_tmp)
+                sync(idx_file)
+            publish(prefix, bin_tmp, idx_tmp)
         except BaseException:
             bin_tmp.unlink(missing_ok=True)
             idx_tmp.unlink(missing_ok=True)
@@ -86,7 +86,7 @@ def indexed_writer(prefix: str, dtype: np.dtype) -> Iterator[IndexedWriter]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[IO[bytes]]:
+def locked(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file for one writer. A killed run's leftovers are overwritten; the lock of a living run is respected."""
     with open(path, "ab") as file:
         try:
@@ -100,12 +100,12 @@ def _locked(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _sync(file: IO[bytes]) -> None:
+def sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
-def _publish(prefix: str, bin_tmp: Path, idx_tmp: Path) -> None:
+def publish(prefix: str, bin_tmp: Path, idx_tmp: Path) -> None:
     """Puts the finished files in place of any older ones.
 
     megatron-core names its cached sample indices after the path of a dataset, not its content: an index of the
@@ -142,18 +142,18 @@ def read_index(prefix: str) -> IndexInfo:
     path = f"{prefix}.idx"
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        head = file.read(_HEADER.size)
-    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
+        head = file.read(HEADER.size)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
         raise ValueError(f"{path} is not the index of a megatron-core dataset")
-    _, version, code, sequences, marks = _HEADER.unpack(head)
-    if version != 1 or code not in _DTYPES:
+    _, version, code, sequences, marks = HEADER.unpack(head)
+    if version != 1 or code not in DTYPES:
         raise ValueError(f"{path}: unknown version {version} or token type {code}")
-    if size < _HEADER.size + 12 * sequences + 8 * marks:
+    if size < HEADER.size + 12 * sequences + 8 * marks:
         raise ValueError(f"{path} is truncated: {size} bytes are too few for {sequences} sequences")
     if sequences == 0:
         raise ValueError(f"dataset {prefix} holds no document")
-    lengths = np.memmap(path, np.int32, "r", offset=_HEADER.size, shape=(sequences,))
-    info = IndexInfo(np.dtype(_DTYPES[code]), lengths)
+    lengths = np.memmap(path, np.int32, "r", offset=HEADER.size, shape=(sequences,))
+    info = IndexInfo(np.dtype(DTYPES[code]), lengths)
     expected, actual = info.num_tokens * info.dtype.itemsize, os.path.getsize(f"{prefix}.bin")
     if expected != actual:
         raise ValueError(f"{prefix}.bin has {actual} bytes where {path} says {expected}: truncated, or not a pair")

@@ -24,7 +24,7 @@ import numpy as np
 
 from megatron_patch.data.arguments import raise_problems
 from megatron_patch.data.index_file import IndexFile, Problem, joined, open_index, structure_problems
-from megatron_patch.data.indexed import _locked, _publish, _sync
+from megatron_patch.data.indexed import locked, publish, sync
 from megatron_patch.data.manifest import Manifest, merge_manifests, read_manifest
 from megatron_patch.data.scanning import Progress, token_blocks
 from megatron_patch.data.tool_arguments import MergeArgs
@@ -169,17 +169,17 @@ def _write(parts: list[IndexFile], dtype: np.dtype, prefix: str) -> None:
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     bin_tmp, idx_tmp = Path(f"{prefix}.bin.tmp"), Path(f"{prefix}.idx.tmp")
     total = sum(part.num_tokens * part.dtype.itemsize for part in parts)
-    with _locked(bin_tmp), Progress("merge", total) as progress:
+    with locked(bin_tmp), Progress("merge", total) as progress:
         try:
             # Opened again: the kernel copies into no file that was opened for appending.
             with open(bin_tmp, "r+b", buffering=0) as bin_file:
                 for part in parts:
                     _append(part, dtype, bin_file, progress)
-                _sync(bin_file)
+                sync(bin_file)
             with open(idx_tmp, "wb") as idx_file:
                 idx_file.writelines(joined(parts, dtype))
-                _sync(idx_file)
-            _publish(prefix, bin_tmp, idx_tmp)
+                sync(idx_file)
+            publish(prefix, bin_tmp, idx_tmp)
         except BaseException:
             bin_tmp.unlink(missing_ok=True)
             idx_tmp.unlink(missing_ok=True)

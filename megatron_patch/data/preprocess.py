@@ -1,12 +1,10 @@
-"""Text to an indexed dataset, tokenized by several processes: `megatron-patch preprocess`.
+"""Text to indexed datasets, tokenized by several processes: `megatron-patch preprocess`.
 
     report = preprocess(PreprocessArgs(input=("corpus.jsonl",), output_prefix="corpus", tokenizer_model="model/"))
 
-The parent reads records in batches, sends each to a worker and writes the answers in order, so the output depends on
-the input alone. Only a few batches are under way at a time, whichever side is slower. Workers parse, clean and
-tokenize; they import neither torch nor transformers when the tokenizer is a fast one. They also take the fingerprints
-by which the parent, in order, tells duplicates. Any failure, a worker's death among them, ends the run with an error
-and leaves no output.
+The input is cut into shards (shards.py) that workers tokenize into files of their own (tokenizing.py); once all are
+there they are put together in the order of the input (assembling.py). So the output depends on the input alone, not on
+the number of workers, and whatever ends a run early, what it had finished is there for the next one (partial.py).
 
 Workers are started by "spawn": a script that calls `preprocess` needs an `if __name__ == "__main__"` guard.
 It does not know the flags of training, nor models.
@@ -14,63 +12,79 @@ It does not know the flags of training, nor models.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-from tqdm import tqdm
-
-from megatron_patch.data.arguments import CleaningArgs, DedupArgs, PreprocessArgs
+from megatron_patch.data import readers
+from megatron_patch.data.arguments import PreprocessArgs
+from megatron_patch.data.assembling import Dataset, orders, read_documents, without_duplicates, write
 from megatron_patch.data.cleaning import STEPS, Cleaner
-from megatron_patch.data.dedup import Deduplicator, Fingerprints, fingerprints
-from megatron_patch.data.indexed import IndexedWriter, indexed_writer, token_dtype
+from megatron_patch.data.indexed import token_dtype
+from megatron_patch.data.ledger import Ledger, NoDocuments
 from megatron_patch.data.manifest import write_manifest
-from megatron_patch.data.readers import BadRecord, Record, expand_inputs, open_stream, read_records, record_text
+from megatron_patch.data.partial import PartialRun, partial_run
+from megatron_patch.data.readers import STDIN, BadRecord, Record, expand_inputs, record_text
+from megatron_patch.data.shards import Shard, ShardReader, plan, shard_bytes
+from megatron_patch.data.tokenizing import Job
+from megatron_patch.data.workers import tokenize
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
-from megatron_patch.tokenizer.encoder import Encode, EncoderRecipe
+from megatron_patch.tokenizer.engines import EngineMismatch, EngineRecipe, choose
 
-_BATCH_BYTES = 1 << 20
-_BATCHES_PER_WORKER = 3
-_MESSAGES = 20
-"""Skipped records that are reported one by one; the rest are only counted."""
-EMPTY = "empty text"
+_FIRST_SHARDS = 2
+"""Shards whose documents the engine is proven on."""
+_KEY_RECORDS = 1000
+"""Records of which one must have the text that was asked for."""
 
 
 @dataclass(frozen=True)
 class PreprocessReport:
     """What a run did."""
 
-    prefix: str
-    """The dataset's prefix, for --data-path of `pretrain`."""
+    datasets: tuple[Dataset, ...]
+    """What it wrote, each for --data-path of `pretrain`."""
     documents: int
     """Documents written."""
     tokens: int
     """Tokens written, end-of-document tokens included."""
+    records: int
+    """Records read."""
+    bad: int
+    """Records that were no document."""
     skipped: tuple[tuple[str, int], ...]
-    """Reason and number of the records that were left out, the most frequent reason first."""
+    """Reason and number of the documents that were left out, the most frequent reason first."""
     changed: tuple[tuple[str, int], ...]
     """Cleaning step and number of the documents that it changed, in the order of the steps."""
+    quarantine: str | None
+    """File of the bad records, if they were kept."""
     input_bytes: int
     """Size of the input files on disk."""
     output_bytes: int
     """Size of the .bin and .idx files."""
     dtype: str
     """Type of a stored token id."""
+    engine: str
+    """What tokenized, and its version."""
+    proof: str
+    """Why it was trusted."""
+    resumed: int
+    """Shards that an earlier run had finished."""
+    shards: int
+    """All shards."""
     seconds: float
     """Wall time, start-up included."""
     notes: tuple[str, ...]
     """What the user should know about this dataset."""
+
+    @property
+    def prefix(self) -> str:
+        """The first dataset's prefix."""
+        return self.datasets[0].prefix
 
     @property
     def tokens_per_second(self) -> float:
@@ -79,70 +93,195 @@ class PreprocessReport:
 
 
 def preprocess(args: PreprocessArgs) -> PreprocessReport:
-    """Tokenizes the input files into one dataset.
+    """Tokenizes the input files into datasets.
 
-    Raises ValueError for what a user can mend (a broken line under --on-error stop, a truncated file, an empty
-    dataset), ChildProcessError if a worker died, RuntimeError if it failed. Nothing is left behind then.
+    Raises ValueError for wrong arguments and for an input without a document, DamagedInput for a bad record under
+    --on-error stop and for a file that breaks off, TooManyErrors above --max-errors, ChildProcessError if a worker
+    died.
+    No dataset is written then; what was finished is kept beside its place for the next run.
     """
     start = time.perf_counter()
     args.validate()
-    files = expand_inputs(args.input)
+    files = expand_inputs(args.input, stdin=True)
     tokenizer = load_tokenizer(args.tokenizer_model, args.trust_remote_code)
-    job = _job(args, tokenizer)
-    deduplicator = Deduplicator(args.deduplication)
-    with indexed_writer(args.dataset_prefix, job.dtype) as writer, _Progress(files, args) as progress:
-        for batch, result in _tokenized(_read_batches(files, args.txt_document), job, args.workers):
-            _take(result, writer, progress, args.on_error, deduplicator)
-            progress.advance(batch.disk_bytes)
-        _require_documents(progress, args)
-    write_manifest(args.dataset_prefix, tokenizer, append_eod=args.append_eod, max_id=None)
-    return PreprocessReport(
-        prefix=args.dataset_prefix,
-        documents=progress.documents,
-        tokens=progress.tokens,
-        skipped=tuple(progress.skipped.most_common()),
-        changed=tuple((step, progress.changed[step]) for step in STEPS if progress.changed[step]),
-        input_bytes=progress.total_bytes,
-        output_bytes=sum(os.path.getsize(f"{args.dataset_prefix}{suffix}") for suffix in (".bin", ".idx")),
-        dtype=job.dtype.name,
-        seconds=time.perf_counter() - start,
-        notes=_notes(args, tokenizer),
-    )
-
-
-def _job(args: PreprocessArgs, tokenizer: Tokenizer) -> _Job:
     if args.append_eod and tokenizer.eod is None:
         raise ValueError(f"--append-eod: the tokenizer in {tokenizer.directory!r} has no end-of-sequence token")
-    eod = tokenizer.eod if args.append_eod else None
-    dtype = token_dtype(tokenizer.vocab_size)
-    return _Job(tokenizer.encoder_recipe(), args.json_keys, eod, dtype, args.cleaning, args.deduplication)
+    total = sum(os.path.getsize(path) for path in files if path != STDIN)
+    shards = plan(files, args.txt_document, shard_bytes(total))
+    first = list(islice(shards, _FIRST_SHARDS))
+    _require_keys(first, args)
+    recipe = choose(tokenizer, args.engine, _first_texts(first, args))
+    run = _Run(args, tokenizer, files, total, start)
+    try:
+        return run.with_engine(recipe, chain(first, shards))
+    except EngineMismatch as error:
+        if args.engine != "auto" or STDIN in files:
+            raise ValueError(str(error)) from None
+        print(f"warning: {error}; starting again with transformers' own", file=sys.stderr, flush=True)
+    slow = choose(tokenizer, "hf")
+    return run.with_engine(slow, plan(files, args.txt_document, shard_bytes(total)))
 
 
-def _take(
-    result: _Result, writer: IndexedWriter, progress: _Progress, on_error: str, deduplicator: Deduplicator
-) -> None:
-    if result.errors and on_error == "stop":
-        raise ValueError(f"{result.errors[0]} (--on-error skip goes on without such lines)")
-    if result.prints is not None:
-        result = _without_duplicates(result, deduplicator.judge(result.prints))
-    progress.count(result)
-    writer.add(result.tokens, result.lengths)
+# --------------------------------------------------------------------------------------------------------- before it
 
 
-def _without_duplicates(result: _Result, reasons: list[str | None]) -> _Result:
-    """The result without the documents that there is a reason to leave out."""
-    is_new = np.array([reason is None for reason in reasons], bool)
-    tokens = result.tokens[np.repeat(is_new, result.lengths)]
-    skipped = result.skipped + Counter(reason for reason in reasons if reason is not None)
-    return result._replace(tokens=tokens, lengths=result.lengths[is_new], skipped=skipped)
+def _first_records(shards: Iterable[Shard], args: PreprocessArgs) -> Iterator[Record]:
+    for shard in shards:
+        yield from ShardReader(shard, args.txt_document)
 
 
-def _require_documents(progress: _Progress, args: PreprocessArgs) -> None:
-    if progress.documents == 0:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in progress.skipped.most_common())
-        raise ValueError(
-            f"no document in {', '.join(args.input)} ({reasons or 'the files are empty'}): nothing written"
+def _first_texts(shards: Iterable[Shard], args: PreprocessArgs) -> Iterator[str]:
+    """The first documents as the tokenizer will see them."""
+    cleaner = Cleaner(args.cleaning)
+    for record in _first_records(shards, args):
+        for key in args.json_keys:
+            try:
+                text = cleaner.clean(record_text(record, key, args.layout))
+            except BadRecord:
+                continue
+            if text:
+                yield text
+
+
+def _require_keys(shards: Iterable[Shard], args: PreprocessArgs) -> None:
+    """A wrong key is found at once, not after hours of counting it."""
+    for key in args.json_keys:
+        missing, seen = 0, Counter[str]()
+        for record in islice(_first_records(shards, args), _KEY_RECORDS):
+            try:
+                record_text(record, key, args.layout)
+                break
+            except BadRecord as error:
+                if not error.reason.startswith("no key"):
+                    break
+                missing += 1
+                seen.update(readers.json_value(record))
+        else:
+            if missing:
+                found = ", ".join(f"{name!r}" for name, _ in seen.most_common(20)) or "none"
+                raise ValueError(f"--json-keys {key!r}: none of the first {missing} records has it; they have {found}")
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call, whichever engine it ends up with."""
+
+    args: PreprocessArgs
+    tokenizer: Tokenizer
+    files: tuple[Path, ...]
+    total: int
+    start: float
+
+    def with_engine(self, recipe: EngineRecipe, shards: Iterable[Shard]) -> PreprocessReport:
+        """Everything behind the choice of the engine."""
+        args, job = self.args, self._job(recipe)
+        settings, is_piped = self._settings(job), STDIN in self.files
+        resume = args.resume == "auto" and not is_piped
+        with partial_run(args.partial_directory, settings, resume=resume, dtype_bytes=job.dtype.itemsize) as partial:
+            try:
+                ledger = Ledger(args, self.total, partial.directory)
+                with ledger:
+                    tokenize(shards, job, args.workers, partial, ledger)
+                datasets = self._assemble(partial, job, ledger)
+            except (EngineMismatch, NoDocuments):
+                partial.clear()
+                raise
+            except BaseException:
+                if is_piped:
+                    partial.clear()  # nobody can send the same input again
+                raise
+            quarantine = ledger.publish_quarantine()
+            partial.remove()
+        return self._report(job, ledger, datasets, quarantine)
+
+    def _job(self, recipe: EngineRecipe) -> Job:
+        args = self.args
+        return Job(
+            recipe=recipe,
+            keys=args.json_keys,
+            layout=args.layout,
+            txt_document=args.txt_document,
+            eod=self.tokenizer.eod if args.append_eod else None,
+            max_doc_tokens=args.max_doc_tokens,
+            dtype=token_dtype(self.tokenizer.vocab_size),
+            cleaning=args.cleaning,
+            dedup=args.deduplication,
+            on_error=args.on_error,
+            directory=str(args.partial_directory),
         )
+
+    def _settings(self, job: Job) -> dict[str, object]:
+        """What must be the same for shards of two runs to belong together. Splits and limits come later."""
+        inputs = [(str(path), *file_state(path)) for path in self.files]
+        names = ("keys", "layout", "txt_document", "eod", "max_doc_tokens")
+        return {
+            "version": 1,
+            "input": inputs,
+            "tokenizer": self.tokenizer.fingerprint,
+            "engine": f"{job.recipe.name} {job.recipe.version}",
+            "dtype": job.dtype.name,
+            **{name: getattr(job, name) for name in names},
+            "cleaning": asdict(job.cleaning),
+            "dedup": asdict(job.dedup),
+        }
+
+    def _assemble(self, partial: PartialRun, job: Job, ledger: Ledger) -> tuple[Dataset, ...]:
+        ledger.require_few_errors()
+        return tuple(
+            dataset
+            for index, key in enumerate(job.keys)
+            for dataset in self._assemble_key(partial.directory, job, ledger, index, key)
+        )
+
+    def _assemble_key(self, directory: Path, job: Job, ledger: Ledger, index: int, key: str) -> Iterator[Dataset]:
+        documents = read_documents(directory, ledger.shards, index)
+        if job.dedup.dedup != "none":
+            kept, skipped = without_duplicates(directory, ledger.shards, index, job.dedup)
+            documents = documents.take(kept)
+            ledger.skip(key, skipped)
+        ledger.require_documents(key, len(documents.lengths))
+        args = self.args
+        for split, order in orders(len(documents.lengths), args.shuffle, args.shares).items():
+            prefix = args.dataset_prefix(key, split)
+            dataset = write(prefix, directory, documents.take(order), index, job.dtype)
+            write_manifest(prefix, self.tokenizer, append_eod=args.append_eod, max_id=dataset.max_id)
+            yield dataset
+
+    def _report(
+        self, job: Job, ledger: Ledger, datasets: tuple[Dataset, ...], quarantine: str | None
+    ) -> PreprocessReport:
+        order = [*STEPS, readers.SURROGATE]
+        changed = sorted(ledger.changed.items(), key=lambda item: order.index(item[0].rpartition(": ")[2]))
+        return PreprocessReport(
+            datasets=datasets,
+            documents=sum(dataset.documents for dataset in datasets),
+            tokens=sum(dataset.tokens for dataset in datasets),
+            records=ledger.records,
+            bad=ledger.bad,
+            skipped=tuple(ledger.skipped.most_common()),
+            changed=tuple(changed),
+            quarantine=quarantine,
+            input_bytes=self.total,
+            output_bytes=sum(dataset.output_bytes for dataset in datasets),
+            dtype=job.dtype.name,
+            engine=f"{job.recipe.name} {job.recipe.version}",
+            proof=job.recipe.proof,
+            resumed=ledger.resumed,
+            shards=len(ledger.shards),
+            seconds=time.perf_counter() - self.start,
+            notes=_notes(self.args, self.tokenizer),
+        )
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """(size, time of the last change): whether a file is still the same."""
+    if path == STDIN:
+        return 0, 0
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
 
 
 def _notes(args: PreprocessArgs, tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -154,226 +293,3 @@ def _notes(args: PreprocessArgs, tokenizer: Tokenizer) -> tuple[str, ...]:
             f"vocabulary {tokenizer.vocab_size} is stored as int32; megatron-core's fast_cache_load would read uint16"
         )
     return tuple(notes)
-
-
-# -------------------------------------------------------------------------------------------------------------- batches
-
-
-class _Batch(NamedTuple):
-    """Records that one worker handles at a time."""
-
-    records: list[Record]
-    disk_bytes: int
-    """Bytes of the input files that were read for it (compressed, if they are)."""
-
-
-def _read_batches(files: tuple[Path, ...], txt_document: str) -> Iterator[_Batch]:
-    """Batches of about _BATCH_BYTES, across files: many tiny files share one."""
-    records: list[Record] = []
-    size = disk_bytes = 0
-    for path in files:
-        with open(path, "rb") as raw, open_stream(raw, path) as stream:
-            before = 0
-            for record in read_records(path, stream, txt_document):
-                records.append(record)
-                size += len(record.data)
-                if size >= _BATCH_BYTES:
-                    position = raw.tell()
-                    yield _Batch(records, disk_bytes + position - before)
-                    records, size, disk_bytes, before = [], 0, 0, position
-            disk_bytes += raw.tell() - before
-    if records:
-        yield _Batch(records, disk_bytes)
-
-
-def _tokenized(batches: Iterator[_Batch], job: _Job, workers: int) -> Iterator[tuple[_Batch, _Result]]:
-    """Every batch with its result, in order, with a bounded number of batches under way."""
-    pending: deque[tuple[_Batch, Future[_Result]]] = deque()
-    context = multiprocessing.get_context("spawn")
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (job,))
-    try:
-        for batch in batches:
-            pending.append((batch, _submit(pool, batch)))
-            if len(pending) >= workers * _BATCHES_PER_WORKER:
-                yield _oldest(pending)
-        while pending:
-            yield _oldest(pending)
-    except ChildProcessError:
-        # The pool ends its workers itself, but waits for ever for one that it was starting when another died.
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _submit(pool: ProcessPoolExecutor, batch: _Batch) -> Future[_Result]:
-    try:
-        return pool.submit(_work, batch.records)
-    except BrokenProcessPool as error:
-        # Carried by a future, so that the error surfaces at the batch whose turn it is, not at this later one.
-        future: Future[_Result] = Future()
-        future.set_exception(error)
-        return future
-
-
-def _oldest(pending: deque[tuple[_Batch, Future[_Result]]]) -> tuple[_Batch, _Result]:
-    batch, future = pending.popleft()
-    try:
-        return batch, future.result()
-    except BrokenProcessPool as error:
-        why = "a worker process died (killed, out of memory, or unable to start; see above)"
-        raise ChildProcessError(f"{why} at or after {batch.records[0].place}") from error
-    except Exception as error:
-        span = f"{batch.records[0].place} .. {batch.records[-1].place}"
-        raise RuntimeError(f"a worker failed within {span}: {type(error).__name__}: {error}") from error
-
-
-# -------------------------------------------------------------------------------------------------------------- workers
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What a worker must know."""
-
-    recipe: EncoderRecipe
-    key: str
-    eod: int | None
-    dtype: np.dtype
-    cleaning: CleaningArgs
-    dedup: DedupArgs
-
-
-class _Result(NamedTuple):
-    """A tokenized batch."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    skipped: Counter[str]
-    changed: Counter[str]
-    """Documents that each cleaning step changed, those that a later one dropped included."""
-    errors: list[str]
-    """Messages of records that are no documents, the first few of the batch."""
-    prints: Fingerprints | None
-    """The documents' fingerprints, where duplicates are to be left out."""
-
-
-class _Worker(NamedTuple):
-    job: _Job
-    encode: Encode
-    cleaner: Cleaner
-
-
-_worker: _Worker | None = None
-
-
-def _start_worker(job: _Job) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The processes share the cores already; threads inside each would only compete.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = _Worker(job, job.recipe.build(), Cleaner(job.cleaning))
-
-
-def _end_with_parent() -> None:
-    """A worker of a killed parent would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _work(records: list[Record]) -> _Result:
-    assert _worker is not None
-    job, encode, cleaner = _worker
-    texts, skipped, errors = _texts(records, job.key)
-    texts = [text for text in map(cleaner.clean, texts) if text is not None]
-    changed, dropped = cleaner.take_counts()
-    documents = [_end(np.array(ids, job.dtype), job.eod) for ids in encode(texts)] if texts else []
-    kept = [document for document in documents if document.size]
-    skipped[EMPTY] += len(documents) - len(kept)
-    skipped.update({f"cleaning: {step}": count for step, count in dropped.items()})
-    tokens = np.concatenate([np.empty(0, job.dtype), *kept])
-    lengths = np.array([document.size for document in kept], np.int32)
-    prints = None
-    if job.dedup.dedup != "none":
-        with_tokens = [text for text, document in zip(texts, documents, strict=True) if document.size]
-        prints = fingerprints(with_tokens, job.dedup)
-    return _Result(tokens, lengths, +skipped, changed, errors[:_MESSAGES], prints)
-
-
-def _texts(records: list[Record], key: str) -> tuple[list[str], Counter[str], list[str]]:
-    """The documents among the records, why others are none, and a message about each of those that is an error."""
-    texts, skipped, errors = [], Counter(), []
-    for record in records:
-        try:
-            text = record_text(record, key)
-        except BadRecord as error:
-            skipped[error.reason] += 1
-            errors.append(str(error))
-            continue
-        if text.strip():
-            texts.append(text)
-        else:
-            skipped[EMPTY] += 1
-    return texts, skipped, errors
-
-
-def _end(document: np.ndarray, eod: int | None) -> np.ndarray:
-    """Appends the end-of-document token, unless the tokenizer itself has."""
-    if eod is None or document.size == 0 or document[-1] == eod:
-        return document
-    return np.append(document, document.dtype.type(eod))
-
-
-# ------------------------------------------------------------------------------------------------------------- progress
-
-
-class _Progress:
-    """Counts, and tells the user: a bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, files: tuple[Path, ...], args: PreprocessArgs) -> None:
-        self.total_bytes = sum(os.path.getsize(path) for path in files)
-        self.documents = self.tokens = self.messages = 0
-        self.skipped: Counter[str] = Counter()
-        self.changed: Counter[str] = Counter()
-        self._interval = args.log_interval
-        self._start = time.perf_counter()
-        self._done = 0
-        self._bar = tqdm(
-            total=self.total_bytes, unit="B", unit_scale=True, desc="preprocess", disable=not sys.stderr.isatty()
-        )
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def count(self, result: _Result) -> None:
-        """Adds up a result and reports the records it left out."""
-        before = self.documents
-        self.documents += len(result.lengths)
-        self.tokens += result.tokens.size
-        self.skipped += result.skipped
-        self.changed += result.changed
-        for message in result.errors[: max(0, _MESSAGES - self.messages)]:
-            self.messages += 1
-            tail = "; further lines like it are only counted" if self.messages == _MESSAGES else ""
-            self._bar.write(f"skipped {message}{tail}", file=sys.stderr)
-        if self._bar.disable and before // self._interval < self.documents // self._interval:
-            print(self._line(), file=sys.stderr, flush=True)
-
-    def advance(self, disk_bytes: int) -> None:
-        """Moves on by a number of bytes of the input files."""
-        self._done += disk_bytes
-        self._bar.update(disk_bytes)
-        self._bar.set_postfix(docs=self.documents, tokens=self.tokens, skipped=self.skipped.total(), refresh=False)
-
-    def _line(self) -> str:
-        seconds = time.perf_counter() - self._start
-        share = 100 * self._done / max(1, self.total_bytes)
-        counts = f"{self.documents} documents, {self.tokens} tokens, {self.skipped.total()} skipped"
-        return f"preprocess: {share:.0f} % of the input, {counts}, {self.tokens / seconds:.0f} tokens/s"

@@ -1,4 +1,4 @@
-"""How the reports of `merge`, `inspect` and `verify-data` look on a console."""
+"""How the reports of `preprocess`, `merge`, `inspect` and `verify-data` look on a console."""
 
 from __future__ import annotations
 
@@ -9,12 +9,36 @@ from rich.text import Text
 from megatron_patch.data.checking import CheckReport
 from megatron_patch.data.inspecting import Document, InspectReport, SpecialToken
 from megatron_patch.data.merging import MergeReport
+from megatron_patch.data.preprocess import PreprocessReport
 
 _PROBLEMS = 20
 """Problems that are printed; all of them are in the JSON file."""
 
 _CHARACTERS = 60
 """Characters of a sample that are printed."""
+
+
+def show_preprocess(report: PreprocessReport) -> None:
+    """Prints what was written, and what was not."""
+    table = Table("preprocess", report.prefix if len(report.datasets) == 1 else "all datasets")
+    for dataset in report.datasets if len(report.datasets) > 1 else ():
+        table.add_row(dataset.prefix, f"{dataset.documents:,} documents, {dataset.tokens:,} tokens")
+    table.add_row("documents", f"{report.documents:,}")
+    table.add_row("tokens", f"{report.tokens:,} ({report.dtype})")
+    table.add_row("engine", f"{report.engine}: {report.proof}")
+    for reason, count in report.skipped:
+        table.add_row(f"skipped: {reason}", f"{count:,}")
+    for step, count in report.changed:
+        table.add_row(f"changed by {step}", f"{count:,}")
+    if report.quarantine:
+        table.add_row("bad records", report.quarantine)
+    if report.resumed:
+        table.add_row("taken from an earlier run", f"{report.resumed} of {report.shards} shards")
+    table.add_row("input, output bytes", f"{report.input_bytes:,}, {report.output_bytes:,}")
+    table.add_row("time", f"{report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s")
+    for note in report.notes:
+        table.add_row("note", note)
+    Console().print(table)
 
 
 def show_merge(report: MergeReport) -> None:

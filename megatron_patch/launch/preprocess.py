@@ -8,46 +8,33 @@ Parses, validates, runs and prints the report; all else is in `megatron_patch.da
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
 
 from megatron_patch.data.arguments import PreprocessArgs
-
-if TYPE_CHECKING:
-    from megatron_patch.data.preprocess import PreprocessReport
+from megatron_patch.launch.light import hide_torch
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; what goes wrong is raised, a user's mistake as ValueError."""
     args = tyro.cli(PreprocessArgs, args=argv, prog="megatron-patch preprocess", config=(tyro.conf.FlagCreatePairsOff,))
     args.validate()
+    if not args.trust_remote_code:  # which may be code that needs torch
+        hide_torch()
     from megatron_patch.checkpoint.directory import write_text
+    from megatron_patch.data.ledger import TooManyErrors
     from megatron_patch.data.preprocess import preprocess
+    from megatron_patch.data.tables import show_preprocess
 
-    report = preprocess(args)
-    show(report)
+    try:
+        report = preprocess(args)
+    except TooManyErrors as error:
+        print(f"megatron-patch preprocess: error: {error}", file=sys.stderr)
+        return 3
+    show_preprocess(report)
     if args.json:
         write_text(Path(args.json), json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
     return 0
-
-
-def show(report: PreprocessReport) -> None:
-    """Prints the report as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("preprocess", report.prefix)
-    table.add_row("documents", f"{report.documents:,}")
-    table.add_row("tokens", f"{report.tokens:,} ({report.dtype})")
-    for reason, count in report.skipped:
-        table.add_row(f"skipped: {reason}", f"{count:,}")
-    for step, count in report.changed:
-        table.add_row(f"changed by {step}", f"{count:,}")
-    table.add_row("input, output bytes", f"{report.input_bytes:,}, {report.output_bytes:,}")
-    table.add_row("time", f"{report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s")
-    for note in report.notes:
-        table.add_row("note", note)
-    Console().print(table)

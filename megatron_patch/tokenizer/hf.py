@@ -94,7 +94,11 @@ class Tokenizer:
 
     def encoder_recipe(self) -> EncoderRecipe:
         """What a worker process needs to encode documents exactly as `encode_batch` does."""
-        backend_json = self.hf.backend_tokenizer.to_str() if self.hf.is_fast else None
+        if not self.hf.is_fast:
+            return EncoderRecipe(self.directory, self.trust_remote_code)
+        from megatron_patch.tokenizer.sentencepiece_fast import for_documents
+
+        backend_json = for_documents(self.hf.backend_tokenizer)
         return EncoderRecipe(self.directory, self.trust_remote_code, backend_json)
 
 
@@ -141,7 +145,10 @@ def _load_hf(path: Path, trust_remote_code: bool) -> Any:
             from megatron_patch.tokenizer.published import build
 
             return build(recognised)
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust_remote_code)
+        hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust_remote_code)
+        from megatron_patch.tokenizer.sentencepiece_fast import exact
+
+        return exact(hf, path)
     except Exception as error:  # transformers raises whatever its parsers raise
         advice = "" if trust_remote_code else _advice(path)
         raise ValueError(f"cannot load the tokenizer in {str(path)!r}: {error}{advice}") from error

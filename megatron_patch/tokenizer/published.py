@@ -37,7 +37,7 @@ def build(source: Recognised) -> Any:
 
 
 @dataclass(frozen=True)
-class _Specials:
+class Specials:
     """The special tokens of a directory."""
 
     tokens: dict[int, AddedToken]
@@ -51,7 +51,7 @@ class _Specials:
         return [by_content[token] for token in tokens]
 
 
-def _specials(source: Recognised, size: int, vocabulary: Mapping[str, int]) -> _Specials:
+def _specials(source: Recognised, size: int, vocabulary: Mapping[str, int]) -> Specials:
     """size: the first id that follows the vocabulary."""
     settings, convention = source.settings, source.convention
     named = {role: settings.get(role, convention.roles.get(role)) for role in _ROLES}
@@ -67,7 +67,7 @@ def _specials(source: Recognised, size: int, vocabulary: Mapping[str, int]) -> _
     ids |= {token: _found(token, vocabulary, source) for token in spelled if token not in ids}
     tokens = {number: _added_token(spelled.get(token, token)) for token, number in ids.items()}
     options = roles | {"chat_template": settings.get("chat_template"), "clean_up_tokenization_spaces": False}
-    return _Specials(tokens, options, prefix, suffix)
+    return Specials(tokens, options, prefix, suffix)
 
 
 def _found(token: str, vocabulary: Mapping[str, int], source: Recognised) -> int:
@@ -94,7 +94,7 @@ class PublishedSentencePiece(SentencePieceBackend):
     "philosophy" holds one. Standing alone between other special tokens they are read.
     """
 
-    def __init__(self, file: Path, image_tokens: int | None, specials: _Specials) -> None:
+    def __init__(self, file: Path, image_tokens: int | None, specials: Specials) -> None:
         self._offset, self._spells_blanks = image_tokens or 0, image_tokens is not None
         super().__init__(
             vocab_file=str(file),
@@ -168,7 +168,7 @@ def _byte_bpe(source: Recognised) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **specials.options)
 
 
-def _add(backend: Backend, specials: _Specials) -> None:
+def _add(backend: Backend, specials: Specials) -> None:
     backend.add_special_tokens([token for _, token in sorted(specials.tokens.items())])
     for number, token in specials.tokens.items():
         if backend.token_to_id(token.content) != number:  # `tokenizers` numbers on from the vocabulary, without gaps

@@ -99,6 +99,20 @@ def test_weights_share_out_the_samples(tokenizer, write_dataset):
     assert (first.count(1), first.count(2)) == (300, 100)
 
 
+def test_what_is_read_of_each_source_is_told_and_true(tokenizer, write_dataset):
+    first, second = write_dataset("a", documents(40)), write_dataset("b", documents(80, seed=1))
+    said: list[str] = []
+    train, *_ = build_datasets(spec("3", first, "1", second, split="100,0,0"), tokenizer, (200, 0, 0), say=said.append)
+    told = [line for line in said if line.startswith("train: ")]
+    read = [sum(index == which for index in train.dataset_index[:200].tolist()) for which in (0, 1)]
+    for line, prefix, samples_read, share in zip(told, (first, second), read, ("75.0%", "25.0%"), strict=True):
+        source = IndexedDataset(prefix)  # its arrays must not outlive it
+        tokens = source.sequence_lengths.sum()
+        times = float(line.split(", ")[-1].split()[0])
+        assert f"train: {prefix}: {tokens:,} tokens, {share} of what is read" in line
+        assert times == pytest.approx(samples_read * SEQ / tokens, rel=0.03)
+
+
 def test_prefixes_without_weights_are_passed_over_once(tokenizer, write_dataset):
     a, b = write_dataset("a", [[1] * 49] * 20), write_dataset("b", [[2] * 49] * 10)
     train, _, _ = build_datasets(spec(a, b, split="1"), tokenizer, (90, 0, 0))

@@ -11,17 +11,21 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from megatron_patch.data import preprocess as module
+from megatron_patch.data import shards
 from megatron_patch.data.arguments import PreprocessArgs
 from megatron_patch.data.preprocess import preprocess
+from megatron_patch.data.readers import DamagedInput
 from megatron_patch.launch.preprocess import main
 from tests.tokenizer import make
 
@@ -39,17 +43,32 @@ def arguments(tmp_path: Path, tokenizer: str, **changes: Any) -> PreprocessArgs:
     return PreprocessArgs(**(base | changes))
 
 
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of a few documents."""
+    monkeypatch.setattr(shards, "LEAST_BYTES", 5000)
+
+
 def contents(prefix: str) -> tuple[bytes, bytes]:
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
 
 
+def plain_tokenizer(directory: Path) -> tuple[Callable[[str], list[int]], int, int]:
+    """(text to ids, id of the end, number of ids): of transformers, or of sentencepiece for its own models."""
+    if not (directory / "tokenizer.model").is_file():
+        hf = AutoTokenizer.from_pretrained(directory)
+        return lambda text: hf(text, split_special_tokens=True)["input_ids"], hf.eos_token_id, len(hf)
+    sp = SentencePieceProcessor(model_file=f"{directory}/tokenizer.model")
+    return lambda text: [sp.bos_id(), *sp.encode(text)], sp.eos_id(), len(sp)
+
+
 def reference(tokenizer: str, texts: list[str], prefix: str, append_eod: bool) -> tuple[bytes, bytes]:
-    """What Megatron-LM's loop writes: transformers one document at a time, megatron-core's builder."""
-    hf = AutoTokenizer.from_pretrained(tokenizer)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", DType.optimal_dtype(len(hf)))
+    """What Megatron-LM's loop writes: a tokenizer one document at a time, megatron-core's builder."""
+    encode, eos, size = plain_tokenizer(Path(tokenizer))
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", DType.optimal_dtype(size))
     for text in texts:
-        ids = hf(text, split_special_tokens=True)["input_ids"]
-        ids += [hf.eos_token_id] if append_eod and ids[-1] != hf.eos_token_id else []
+        ids = encode(text)
+        ids += [eos] if append_eod and ids[-1] != eos else []
         builder.add_document(ids, [len(ids)])
     builder.finalize(f"{prefix}.idx")
     return contents(prefix)
@@ -69,12 +88,13 @@ def test_the_dataset_is_the_reference_loops_byte_for_byte(kind, append_eod, tmp_
     assert any("end-of-document" in note for note in report.notes) is not append_eod
 
 
-def test_the_output_does_not_depend_on_workers_or_batches(bpe, tmp_path, monkeypatch):
+def test_the_output_does_not_depend_on_workers_or_shards(bpe, tmp_path, monkeypatch):
     jsonl(tmp_path / "in.jsonl", TEXTS)
     one = preprocess(arguments(tmp_path, bpe, append_eod=True))
-    monkeypatch.setattr(module, "_BATCH_BYTES", 2000)
+    monkeypatch.setattr(shards, "LEAST_BYTES", 2000)
     three = preprocess(arguments(tmp_path, bpe, append_eod=True, workers=3, output_prefix=f"{tmp_path}/three"))
     assert contents(one.prefix) == contents(three.prefix)
+    assert (one.shards, three.shards > 30) == (1, True)
 
 
 def test_several_files_of_several_kinds_follow_one_another(bpe, tmp_path):
@@ -91,14 +111,14 @@ BROKEN = [json.dumps({"text": "fine"}), '{"text": "broken', '{"body": "x"}', "",
 
 def test_a_broken_line_stops_the_run_with_file_and_line_and_leaves_nothing(bpe, tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(BROKEN))
-    with pytest.raises(ValueError, match=r"in.jsonl:2: broken JSON: .*--on-error skip"):
+    with pytest.raises(DamagedInput, match=r"in.jsonl:2: broken JSON: .*--on-error skip"):
         preprocess(arguments(tmp_path, bpe))
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
 def test_skipped_lines_are_told_one_by_one_and_counted(bpe, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text("\n".join([*BROKEN, '{"text": " \\n"}', *['{"text": 1}'] * 30]))
-    report = preprocess(arguments(tmp_path, bpe, on_error="skip"))
+    report = preprocess(arguments(tmp_path, bpe, on_error="skip", max_errors="95%"))
     assert dict(report.skipped) == {
         "broken JSON": 1, "no key 'text'": 1, "empty text": 1, "key 'text' is no string": 30,
     }  # fmt: skip
@@ -110,8 +130,8 @@ def test_skipped_lines_are_told_one_by_one_and_counted(bpe, tmp_path, capsys):
 
 def test_a_wrong_key_never_gives_an_empty_dataset(bpe, tmp_path):
     jsonl(tmp_path / "in.jsonl", TEXTS)
-    with pytest.raises(ValueError, match=r"no document in .*in.jsonl \(208 x no key 'content'\)"):
-        preprocess(arguments(tmp_path, bpe, json_keys="content", on_error="skip"))
+    with pytest.raises(ValueError, match="'content': none of the first 208 records has it; they have 'text'"):
+        preprocess(arguments(tmp_path, bpe, json_keys=("content",), on_error="skip"))
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
@@ -128,29 +148,29 @@ def test_append_eod_needs_a_tokenizer_that_has_one(tmp_path):
         preprocess(arguments(tmp_path, tokenizer, append_eod=True))
 
 
-def test_a_killed_worker_fails_the_run_and_leaves_nothing(bpe, tmp_path, monkeypatch):
-    jsonl(tmp_path / "in.jsonl", TEXTS * 300)
-    monkeypatch.setattr(module, "_BATCH_BYTES", 20_000)
+def test_a_killed_worker_fails_the_run_and_the_next_one_goes_on_from_there(bpe, tmp_path, small_shards):
+    jsonl(tmp_path / "in.jsonl", TEXTS * 30)
     others = set(multiprocessing.active_children())
 
     def kill_a_worker() -> None:
-        while not (tmp_path / "out_text_document.bin.tmp").exists():
-            time.sleep(0.01)
-        while not (mine := set(multiprocessing.active_children()) - others):
-            time.sleep(0.01)
-        os.kill(mine.pop().pid, signal.SIGKILL)
+        while not list((tmp_path / "out.partial").glob("00000*.json")):
+            time.sleep(0.001)
+        os.kill((set(multiprocessing.active_children()) - others).pop().pid, signal.SIGKILL)
 
     threading.Thread(target=kill_a_worker, daemon=True).start()
-    with pytest.raises(ChildProcessError, match=r"a worker process died .* at or after .*in.jsonl:\d+"):
-        preprocess(arguments(tmp_path, bpe, workers=2))
-    assert os.listdir(tmp_path) == ["in.jsonl"]
+    with pytest.raises(ChildProcessError, match=r"a worker process died .* at or after .*in.jsonl"):
+        preprocess(arguments(tmp_path, bpe, workers=2, engine="hf"))
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.partial"]
+    report = preprocess(arguments(tmp_path, bpe, workers=1, engine="hf"))
+    assert 0 < report.resumed < report.shards and not (tmp_path / "out.partial").exists()
+    assert contents(report.prefix) == reference(bpe, TEXTS * 30, f"{tmp_path}/reference", False)
 
 
 def test_an_exception_in_a_worker_fails_the_run_and_says_where(bpe, tmp_path, monkeypatch):
     jsonl(tmp_path / "in.jsonl", TEXTS)
-    # Ids that do not fit their type: numpy refuses inside the worker.
+    # Ids that do not fit their type.
     monkeypatch.setattr(module, "token_dtype", lambda vocab_size: np.dtype(np.uint8))
-    with pytest.raises(RuntimeError, match=r"a worker failed within .*in.jsonl:1 .. .*in.jsonl:208: OverflowError"):
+    with pytest.raises(RuntimeError, match=r"a worker failed within .*in.jsonl: OverflowError: token id \d+ does not"):
         preprocess(arguments(tmp_path, bpe))
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
@@ -161,28 +181,43 @@ def command(args: PreprocessArgs, *flags: str) -> list[str]:
     return ["--input", *args.input, *options, *flags]
 
 
-def test_a_run_killed_outright_leaves_no_dataset_and_no_process_and_can_be_repeated(bpe, tmp_path):
-    jsonl(tmp_path / "in.jsonl", TEXTS * 200)
-    args = arguments(tmp_path, bpe)
-    script = "import sys; from megatron_patch.launch.preprocess import main; main(sys.argv[1:])"
-    run = subprocess.Popen([sys.executable, "-c", script, *command(args, "--workers", "2")])
-    unfinished = tmp_path / "out_text_document.bin.tmp"
-    while not unfinished.exists() or unfinished.stat().st_size == 0:
-        assert run.poll() is None
-        time.sleep(0.01)
-    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    run.kill()
-    run.wait()
-    assert len(workers) >= 2
-    assert not list(tmp_path.glob("*.idx")) and not list(tmp_path.glob("*.bin"))
-    assert _gone(workers)
-    assert preprocess(args).documents == len(TEXTS) * 200
-    assert sorted(os.listdir(tmp_path)) == [
-        "in.jsonl",
-        "out_text_document.bin",
-        "out_text_document.idx",
-        "out_text_document.json",
-    ]
+def run_command(*argv: str, **options: Any) -> subprocess.Popen:
+    """The command in a process of its own, with shards of a few documents."""
+    script = (
+        "import sys; from megatron_patch.data import shards; shards.LEAST_BYTES = 5000\n"
+        "from megatron_patch.launch.main import main; sys.exit(main(['preprocess', *sys.argv[1:]]))"
+    )
+    return subprocess.Popen([sys.executable, "-c", script, *argv], **options)
+
+
+def finished(partial: Path) -> int:
+    return len(list(partial.glob("0*.json")))
+
+
+def test_a_run_killed_outright_at_any_moment_leaves_no_dataset_and_no_process_and_can_be_resumed(bpe, tmp_path):
+    jsonl(tmp_path / "in.jsonl", TEXTS * 60)
+    args = arguments(tmp_path, bpe, append_eod=True, dedup="exact", shuffle=7)
+    flags = ["--append-eod", "--dedup", "exact", "--shuffle", "7", "--workers", "2", "--engine", "hf"]
+    draw, before = random.Random(1), 0
+    for _ in range(2):
+        run = run_command(*command(args, *flags))
+        wanted = before + draw.randint(1, 30)
+        while finished(tmp_path / "out.partial") < wanted:
+            assert run.poll() is None
+            time.sleep(0.002)
+        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        run.kill()
+        run.wait()
+        assert len(workers) >= 2 and _gone(workers)
+        assert not list(tmp_path.glob("*.idx")) and not list(tmp_path.glob("*.bin"))
+        before = finished(tmp_path / "out.partial")
+    assert run_command(*command(args, *flags, "--json", f"{tmp_path}/report.json")).wait() == 0
+    assert json.loads((tmp_path / "report.json").read_text())["resumed"] == before
+    undisturbed = preprocess(
+        arguments(tmp_path, bpe, append_eod=True, dedup="exact", shuffle=7, output_prefix=f"{tmp_path}/u")
+    )
+    assert contents(f"{tmp_path}/out_text_document") == contents(undisturbed.prefix)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def _gone(pids: list[str], seconds: float = 10.0) -> bool:
@@ -203,29 +238,18 @@ def _alive(pid: str) -> bool:
         return False
 
 
-class Stalled:
-    """A writer that takes its time over each batch."""
-
-    def __init__(self, read: list[int]) -> None:
-        self.read, self.ahead = read, 0
-
-    def take(self, *_: object) -> None:
-        time.sleep(0.01)
-        self.ahead = max(self.ahead, len(self.read))
-        self.read.pop()
-
-
-def test_a_slow_writer_holds_the_readers_back(bpe, tmp_path, monkeypatch):
+def test_no_more_shards_are_handed_out_than_workers_can_hold(bpe, tmp_path, small_shards, monkeypatch):
     jsonl(tmp_path / "in.jsonl", TEXTS * 2)
-    monkeypatch.setattr(module, "_BATCH_BYTES", 2000)
-    read: list[int] = []
-    original = module._read_batches
-    monkeypatch.setattr(module, "_read_batches", lambda *args: (read.append(1) or batch for batch in original(*args)))
-    stalled = Stalled(read)
-    monkeypatch.setattr(module, "_take", stalled.take)
-    monkeypatch.setattr(module, "_require_documents", lambda *_: None)
-    preprocess(arguments(tmp_path, bpe, workers=2))
-    assert 0 < stalled.ahead <= 2 * module._BATCHES_PER_WORKER
+    original, unfinished = shards.plan, []
+
+    def watched(*args: Any) -> Any:
+        for shard in original(*args):
+            unfinished.append(shard.number - finished(tmp_path / "out.partial"))
+            yield shard
+
+    monkeypatch.setattr(module, "plan", watched)
+    report = preprocess(arguments(tmp_path, bpe, workers=2))
+    assert report.shards > 20 and max(unfinished) <= 2 * 2
 
 
 def test_the_command_prints_its_report(bpe, tmp_path, capsys):
@@ -238,7 +262,7 @@ def test_the_command_prints_its_report(bpe, tmp_path, capsys):
 
 def test_all_wrong_arguments_are_reported_at_once_before_any_work(tmp_path, bpe):
     args = arguments(
-        tmp_path, f"{tmp_path}/none", workers=0, json_keys="a/b", log_interval=0, output_prefix=f"{tmp_path}/"
+        tmp_path, f"{tmp_path}/none", workers=0, json_keys=("a/b",), log_interval=0, output_prefix=f"{tmp_path}/"
     )
     with pytest.raises(ValueError) as caught:
         args.validate()
@@ -280,10 +304,9 @@ def dirty_corpus() -> tuple[list[str], list[str], dict[str, int], dict[str, int]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_cleaned_and_deduplicated_data_and_its_counts_do_not_depend_on_workers(workers, bpe, tmp_path, monkeypatch):
+def test_cleaned_and_deduplicated_data_and_its_counts_do_not_depend_on_workers(workers, bpe, tmp_path, small_shards):
     texts, kept, skipped, changed = dirty_corpus()
     jsonl(tmp_path / "in.jsonl", texts)
-    monkeypatch.setattr(module, "_BATCH_BYTES", 5000)
     steps = {"clean": ("length", "zero-width", "control"), "dedup": "near"}
     report = preprocess(arguments(tmp_path, bpe, append_eod=True, workers=workers, **steps))
     assert contents(report.prefix) == reference(bpe, kept, f"{tmp_path}/reference", True)

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 
 from megatron_patch.data import readers
-from megatron_patch.data.readers import BadRecord, Record, expand_inputs, open_stream, read_records, record_text
+from megatron_patch.data.readers import (
+    BadRecord,
+    DamagedInput,
+    Record,
+    expand_inputs,
+    open_stream,
+    read_records,
+    record_text,
+)
 
 
 def read(path: Path, txt_document: str = "file", key: str = "text") -> list[tuple[int, str]]:
@@ -52,14 +63,14 @@ def test_every_form_of_json_lines_gives_the_same_documents(name, content, tmp_pa
 def test_a_compressed_file_that_was_cut_off_is_an_error(name, kept, tmp_path):
     packed = gzip.compress(b"".join(LINES)) if name.endswith(".gz") else zstd(b"".join(LINES))
     (tmp_path / name).write_bytes(packed[: int(len(packed) * kept)])
-    with pytest.raises(ValueError, match=f"{name}: cannot decompress, is the file complete"):
+    with pytest.raises(DamagedInput, match=f"{name}: cannot decompress, is the file complete"):
         read(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
 def test_a_file_that_is_not_compressed_as_its_name_says_is_an_error(name, tmp_path):
     (tmp_path / name).write_text("plain text")
-    with pytest.raises(ValueError, match=f"{name}: cannot decompress"):
+    with pytest.raises(DamagedInput, match=f"{name}: cannot decompress"):
         read(tmp_path / name)
 
 
@@ -91,7 +102,6 @@ def test_plain_text_is_divided_as_asked(txt_document, documents, suffix, tmp_pat
         (b'{"text": ["x"]}', "key 'text' is no string", "it is a list"),
         (b'{"text": NaN}', "key 'text' is no string", "it is a number"),
         (b'{"text": "caf\xe9"}', "invalid UTF-8", "byte 14"),
-        (b'{"text": "half \\ud83d"}', "lone surrogate", "character 6"),
         (b'{"text": ' + b"[" * 100_000, "broken JSON", "recursion"),
     ],
 )
@@ -102,9 +112,74 @@ def test_a_bad_line_is_named_with_file_line_and_reason(line, reason, detail):
     assert str(caught.value).startswith(f"data/a.jsonl:7: {reason}: ") and detail in str(caught.value)
 
 
-def test_a_json_array_is_recognised():
-    with pytest.raises(BadRecord, match="a.json:1: broken JSON: the file seems to be one JSON array"):
-        record_text(Record("a.json", 1, b"[\n"), "text")
+ARRAYS = {
+    "plain": json.dumps([{"text": text} for _, text in DOCUMENTS]).encode(),
+    "indented": b"\xef\xbb\xbf \n" + json.dumps([{"text": text} for _, text in DOCUMENTS], indent=2).encode(),
+}
+
+
+@pytest.mark.parametrize("form", ARRAYS)
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_json_array_gives_the_documents_of_its_items(form, suffix, tmp_path):
+    path = tmp_path / f"a.json{suffix}"
+    path.write_bytes({"": bytes, ".gz": gzip.compress, ".zst": zstd}[suffix](ARRAYS[form]))
+    assert read(path) == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-20], lambda data: data.replace(b'{"text": "document 500', b'{"text" "document 500', 1)],
+)
+def test_a_json_array_that_breaks_off_is_an_error_and_not_a_short_file(damage, tmp_path):
+    (tmp_path / "a.json").write_bytes(damage(ARRAYS["plain"]))
+    with pytest.raises(DamagedInput, match=r"a.json: the JSON array breaks off behind item \d+"):
+        read(tmp_path / "a.json")
+
+
+def test_a_bad_item_is_named_with_its_number(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "fine"}, {"text": 3}]')
+    with pytest.raises(BadRecord, match="a.json: item 2: key 'text' is no string: it is a number"):
+        read(tmp_path / "a.json")
+
+
+def write_parquet(path: Path, columns: dict[str, list[object]], rows: int) -> None:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=rows)
+
+
+def test_the_rows_of_a_parquet_file_are_documents(tmp_path):
+    write_parquet(tmp_path / "a.parquet", {"text": [text for _, text in DOCUMENTS], "n": list(range(1000))}, 300)
+    assert read(tmp_path / "a.parquet") == DOCUMENTS
+    with pytest.raises(BadRecord, match="a.parquet: row 1: no key 'body': the keys are 'text', 'n'"):
+        read(tmp_path / "a.parquet", key="body")
+
+
+def test_a_parquet_file_that_was_cut_off_is_an_error(tmp_path):
+    write_parquet(tmp_path / "a.parquet", {"text": [text for _, text in DOCUMENTS]}, 300)
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
+    with pytest.raises(DamagedInput, match="a.parquet: cannot be read as parquet, is the file complete"):
+        read(tmp_path / "a.parquet")
+
+
+def test_half_a_character_becomes_the_replacement_character_and_is_counted():
+    repaired: Counter[str] = Counter()
+    line = rb'{"text": "half \ud83d, whole \ud83d\ude00, \udc00"}'
+    text = record_text(Record("a.jsonl", 1, line), "text", repaired=repaired)
+    assert text == "half \ufffd, whole 😀, \ufffd" and repaired == {"lone surrogate": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"title": "天气", "content": "很好"}, "天气\n很好"),
+        ({"title": "", "content": "x"}, "x"),
+        ({"content": "x"}, "x"),
+    ],
+)
+def test_the_text_of_wudao_is_title_and_content(value, text):
+    assert record_text(Record("a.json", 1, value=value, unit="item"), "text", "wudao") == text
+    assert record_text(Record("a.json", 1, value=value), "content", "wudao") == value["content"]
+    with pytest.raises(BadRecord, match="no key 'content'"):
+        record_text(Record("a.json", 1, value={"title": "x"}), "text", "wudao")
 
 
 def test_bad_utf8_in_plain_text_is_named_with_its_own_line():
@@ -138,10 +213,10 @@ def test_directories_and_globs_expand_in_natural_order(tmp_path):
 
 
 def test_every_input_that_makes_no_sense_is_named(tmp_path):
-    for name in ("a.parquet", "a.txt"):
+    for name in ("a.csv", "a.txt"):
         (tmp_path / name).touch()
-    inputs = [f"{tmp_path}/{name}" for name in ("no-*.jsonl", "a.parquet", "a.txt", "../" + tmp_path.name + "/a.txt")]
+    inputs = [f"{tmp_path}/{name}" for name in ("no-*.jsonl", "a.csv", "a.txt", "../" + tmp_path.name + "/a.txt")]
     with pytest.raises(ValueError) as caught:
         expand_inputs(inputs)
-    for part in ("no-*.jsonl' matches no file", "a.parquet is none of .jsonl,", "a.txt is given 2 times"):
+    for part in ("no-*.jsonl' matches no file", "a.csv is none of .jsonl,", "a.txt is given 2 times"):
         assert part in str(caught.value)

@@ -51,7 +51,7 @@ def llama_sentencepiece(directory: Path) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus(60)), model_prefix=str(directory / "tokenizer"), vocab_size=500, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
     )  # fmt: skip
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return _config(directory, tokenizer_class="LlamaTokenizer", add_bos_token=True, **names)
