@@ -116,14 +116,17 @@ def plan(
     dry_run: bool = False,
 ) -> Plan:
     """Check a conversion and lay out its result; see `convert`. For a dry run the source needs no weights."""
-    wanted = wanted or Wanted()
     with without_garbage_collection():
         opened = open_source(source, hf_config=hf_config, trust_pickle=trust_pickle, weightless=dry_run)
-        return Plan(opened, open_target(opened, wanted), wanted)
+        return _laid_out(opened, wanted or Wanted())
+
+
+def _laid_out(source: Source, wanted: Wanted) -> Plan:
+    return Plan(source, open_target(source, wanted), wanted)
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Source,
     target: str | Path,
     wanted: Wanted | None = None,
     *,
@@ -136,7 +139,8 @@ def convert(
     """Convert a checkpoint; what the source is, is seen. Under torchrun, all its processes share the work.
 
     Args:
-        source: a Hugging Face directory, or a Megatron checkpoint: its root, or the directory of one iteration.
+        source: a Hugging Face directory, or a Megatron checkpoint: its root, or the directory of one iteration. Or one
+            that is opened already.
         target: a directory that does not exist yet (or is empty).
         wanted: the format, layout and dtype to write; by default torch_dist from Hugging Face, else Hugging Face.
         overwrite: replace a target that is a checkpoint.
@@ -149,9 +153,12 @@ def convert(
         ValueError: anything about source or target that cannot be converted faithfully; nothing is left then.
         OSError: the disk is full or refuses; what was done is kept for `resume`.
     """
-    source, target, start = Path(source), Path(target), time.perf_counter()
-    _check_target(source, target, overwrite or resume)
-    planned = plan(source, wanted, hf_config=hf_config, trust_pickle=trust_pickle)
+    path, target, start = source.path if isinstance(source, Source) else Path(source), Path(target), time.perf_counter()
+    _check_target(path, target, overwrite or resume)
+    if isinstance(source, Source):
+        planned = _laid_out(source, wanted or Wanted())
+    else:
+        planned = plan(source, wanted, hf_config=hf_config, trust_pickle=trust_pickle)
     planned.source.check_convertible()
     summary = planned.summary()
     with assembled() as crew:

@@ -320,6 +320,11 @@ class LegacySource(MegatronSource):
         for place in self._ranks.places(name):
             self._files[place.rank].expect(place.slot)
 
+    @property
+    def ranks(self) -> Ranks:
+        """Its layout, bound to its naming scheme."""
+        return self._ranks
+
     def _refuse_copies(self, name: str, *places: Place) -> NoReturn:
         one, other = (f"{self._files[place.rank].path} ({place.slot})" for place in places)
         raise ValueError(f"copies of {name} differ: in {one} and in {other}")

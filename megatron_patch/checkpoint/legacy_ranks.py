@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from torch import Tensor
 from megatron_patch.checkpoint.naming import Naming, numbers_of
 from megatron_patch.checkpoint.sharding import (
     Chunk,
+    Layout,
+    Pipeline,
     blocks,
     cut_replicated,
     join,
@@ -26,9 +29,12 @@ from megatron_patch.checkpoint.sharding import (
 )
 from megatron_patch.checkpoint.whole import WholeModel
 from megatron_patch.family import EMBEDDING
+from megatron_patch.model import padded_vocab_size
 
 _EXPERT = ".local_experts."
 _LAYERS = "decoder.layers."
+_DIVISORS = (128, 64, 32, 16, 8, 4, 2, 1)
+"""What people pad a vocabulary by, times the tensor parallel size; the first is Megatron's own."""
 
 
 class Rank(NamedTuple):
@@ -107,6 +113,32 @@ class Ranks:
             "ETP": self.expert_tensor if self.expert_tensor != self.tensor else None,
         }
         return " ".join(f"{name}{size}" for name, size in sizes.items() if size)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout that these are the ranks of, as a user would ask for it."""
+        return Layout(self.tensor, self._pipeline(), self.expert, self.expert_tensor)
+
+    def _pipeline(self) -> Pipeline:
+        layers, virtual = self.model.architecture.num_layers, self.virtual if self.virtual > 1 else None
+        of_stage = [sum(chunk.layers for chunk in self.chunks if chunk.stage == stage) for stage in range(self.stages)]
+        numbers = [Pipeline(self.stages, virtual)]
+        if self.stages > 1 and all(of_stage):
+            numbers.append(Pipeline(self.stages, virtual, of_stage[0], of_stage[-1]))
+        for pipeline in numbers:
+            with suppress(ValueError):
+                if pipeline.chunks(layers) == self.chunks:
+                    return pipeline
+        rows = ["t" * chunk.layers for chunk in self.chunks]
+        rows[-1] += "m" * (self.model.architecture.config.get("mtp_num_layers") or 0) + "L"
+        return Pipeline(self.stages, virtual, layout=f"E{'|'.join(rows)}")
+
+    @property
+    def divisible_by(self) -> int:
+        """What the vocabulary may have been padded by: the largest number that gives as many rows."""
+        size = self.model.architecture.vocab_size
+        sizes = (by for by in _DIVISORS if padded_vocab_size(size, self.tensor, by) == self.vocabulary)
+        return next(sizes, _DIVISORS[0])
 
     def __iter__(self) -> Iterator[Rank]:
         return (Rank(t, stage, e) for stage in range(self.stages) for t, e in self.pairs)

@@ -83,8 +83,15 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load_model(checkpoint: Path | Source, dtype: torch.dtype) -> list[GPTModel]:
-    """This rank's part of a checkpoint's model, in the layout of megatron-core's parallel state."""
+def load_model(
+    checkpoint: Path | Source, dtype: torch.dtype, *, parallel_output: bool = False, sequence_parallel: bool = False
+) -> list[GPTModel]:
+    """This rank's part of a checkpoint's model, in the layout of megatron-core's parallel state.
+
+    Args:
+        parallel_output: leave the logits split over tensor-parallel ranks.
+        sequence_parallel: split activations along the sequence over them, too.
+    """
     if isinstance(checkpoint, Source):
         architecture = checkpoint.model.architecture
     else:
@@ -95,10 +102,13 @@ def load_model(checkpoint: Path | Source, dtype: torch.dtype) -> list[GPTModel]:
         dtype,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
         perform_initialization=False,  # every weight is about to be loaded
         mtp_num_layers=None,  # layers that predict further tokens have no part in the logits, and want labels
     )
-    chunks = [build_model(architecture, fields, parallel_output=False).to(_device()).eval()]
+    chunks = [build_model(architecture, fields, parallel_output=parallel_output).to(_device()).eval()]
     if isinstance(checkpoint, Source):
         fill(chunks, checkpoint)
     else:

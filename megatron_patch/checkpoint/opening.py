@@ -76,6 +76,21 @@ def wanted(args: ConvertArgs) -> Wanted:
     )
 
 
+def like(source: MegatronSource) -> Wanted:
+    """What writes a Megatron checkpoint in the format, layout and naming that a source has."""
+    if not isinstance(source, LegacySource):
+        return Wanted("torch_dist")
+    ranks = source.ranks
+    return Wanted(
+        "legacy",
+        layout=ranks.layout,
+        naming=ranks.naming.name,
+        expert_layout="grouped" if ranks.naming.grouped else "sequential",
+        make_vocab_size_divisible_by=ranks.divisible_by,
+        replicate_kv_heads=ranks.replicate_kv,
+    )
+
+
 def open_source(
     path: str | Path,
     *,

@@ -1,6 +1,6 @@
 """`megatron-patch vocab train | analyze | merge | init | verify`: extend a tokenizer, and a model with it.
 
-    megatron-patch vocab train --input corpus.jsonl --output new.model --vocab-size 20000
+    megatron-patch vocab train --input corpus.jsonl --output new.model    # byte-level: new.json --base MODEL_DIR
     megatron-patch vocab merge --base MODEL_DIR --new new.model --output merged --corpus corpus.jsonl
     megatron-patch vocab analyze --base MODEL_DIR --new merged --held-out held_out.jsonl --png saving.png
     megatron-patch vocab init --base MODEL_DIR --tokenizer merged --output grown

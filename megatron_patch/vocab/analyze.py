@@ -16,10 +16,10 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
+from megatron_patch.tokenizer.sentencepiece_model import is_proto, load_proto, processor
 from megatron_patch.vocab.arguments import VocabAnalyzeArgs
 from megatron_patch.vocab.corpus import Corpus, batches
 from megatron_patch.vocab.note import EXTENSION, read_note
-from megatron_patch.vocab.pieces import is_proto, load_proto, processor
 from megatron_patch.vocab.scripts import language
 
 

@@ -4,7 +4,8 @@
 
 A row is the mean of the rows of the old tokens that its text is made of, computed in fp32 and cast once. Only weight
 files that hold the embedding or the output layer are written anew, tensor by tensor; the others are hard-linked. Which
-tensors those are is asked of the model's family. It knows neither megatron-core nor any model by name.
+tensors those are is asked of the model's family. A Megatron checkpoint is the matter of megatron.py. It knows neither
+megatron-core nor any model by name.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from megatron_patch.vocab.arguments import VocabInitArgs
 from megatron_patch.vocab.corpus import Corpus, batches
 from megatron_patch.vocab.note import EXTENSION, INITIALISATION, read_note, write_note
 from megatron_patch.vocab.subpieces import Growth, compare
+from megatron_patch.weights import Rule
 
 OUTPUT_LAYER = "output_layer."
 _BLOCK = 4096
@@ -70,39 +72,60 @@ class InitReport:
 
 
 def initialise(args: VocabInitArgs) -> InitReport:
-    """Writes the grown model.
+    """Writes the grown model, in the format of its base.
 
     Raises ValueError for what a user can mend: a tokenizer that does not extend the model's, a model of no known
     family, a vocabulary tensor that is not there. Nothing is left behind then.
     """
     start = time.perf_counter()
     args.validate()
-    model, old, new = Model(args.base), load_tokenizer(args.base), load_tokenizer(args.tokenizer)
-    reserved = read_note(args.tokenizer, EXTENSION).get("reserved", ())
-    growth = compare(old, new, model.rows, reserved)
-    rows = -(-max(growth.size, model.rows) // args.pad_multiple) * args.pad_multiple
-    counts = _counts(old, args) if args.method == "weighted" else None
-    recipe = Recipe(growth, rows, args.method, args.seed, model.std, counts)
-    with staging(args.output, args.overwrite) as staged:
-        copy_side_files(args.base, staged)
-        _replace_tokenizer(staged, Path(args.tokenizer))
-        (staged / CONFIG).write_text(json.dumps(model.grown_config(rows), indent=2, ensure_ascii=False) + "\n")
-        written = _write_weights(model, recipe, staged, args.copy)
-        write_note(staged, INITIALISATION, _note(args, model, recipe))
-    own = [ids for ids in growth.sources.values() if ids]
+    if args.is_megatron:
+        from megatron_patch.vocab.megatron import write_grown
+
+        model, recipe, written = write_grown(args)
+        linked = 0
+    else:
+        model = open_huggingface(args.base)
+        recipe = make_recipe(args, model)
+        written = _write_huggingface(args, model, recipe)
+        linked = len(model.weights.plan.files) - len(written)
+    own = [ids for ids in recipe.growth.sources.values() if ids]
     return InitReport(
         output=args.output,
         method=args.method,
         base_rows=model.rows,
-        rows=rows,
+        rows=recipe.rows,
         new_tokens=len(own),
-        filled=rows - len(growth.old_ids) - len(own),
+        filled=recipe.rows - len(recipe.growth.old_ids) - len(own),
         tied=model.architecture.tied,
         tensors=model.tensors,
         written=written,
-        linked=len(model.reader.plan.files) - len(written),
+        linked=linked,
         seconds=time.perf_counter() - start,
     )
+
+
+def make_recipe(args: VocabInitArgs, model: Model) -> Recipe:
+    """What the new rows are to be made of; ValueError for a tokenizer that does not extend the model's."""
+    old, new = load_tokenizer(model.folder), load_tokenizer(args.tokenizer)
+    growth = compare(old, new, model.rows, read_note(args.tokenizer, EXTENSION).get("reserved", ()))
+    rows = -(-max(growth.size, model.rows) // args.pad_multiple) * args.pad_multiple
+    counts = _counts(old, args) if args.method == "weighted" else None
+    return Recipe(growth, rows, args.method, args.seed, model.std, counts)
+
+
+def write_companions(args: VocabInitArgs, model: Model, recipe: Recipe, folder: Path) -> None:
+    """Every file that is no weight: the base's, with the new tokenizer, the new number of rows and a note."""
+    copy_side_files(model.folder, folder)
+    _replace_tokenizer(folder, Path(args.tokenizer))
+    (folder / CONFIG).write_text(json.dumps(model.grown_config(recipe.rows), indent=2, ensure_ascii=False) + "\n")
+    write_note(folder, INITIALISATION, _note(args, model, recipe))
+
+
+def _write_huggingface(args: VocabInitArgs, model: Model, recipe: Recipe) -> tuple[str, ...]:
+    with staging(args.output, args.overwrite) as staged:
+        write_companions(args, model, recipe, staged)
+        return _write_weights(model, recipe, staged, args.copy)
 
 
 def _note(args: VocabInitArgs, model: Model, recipe: Recipe) -> dict[str, Any]:
@@ -111,7 +134,6 @@ def _note(args: VocabInitArgs, model: Model, recipe: Recipe) -> dict[str, Any]:
         "seed": args.seed,
         "base_rows": model.rows,
         "rows": recipe.rows,
-        "tensors": list(model.tensors),
         "counts": recipe.counts and {str(i): recipe.counts[i] for i in sorted(recipe.used) if recipe.counts[i]},
     }
 
@@ -128,55 +150,76 @@ def _counts(old: Tokenizer, args: VocabInitArgs) -> list[int]:
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
+@dataclass(frozen=True)
 class Model:
-    """A Hugging Face model, and which of its tensors have a row for each token.
+    """A model, and which of its tensors have a row for each token.
 
     Raises:
-        ValueError: it is of no known family, or a tensor that must be there is not.
+        ValueError: one of these has not as many rows as the first.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.config = read_json(Path(directory) / CONFIG)
-        self.architecture: Architecture = family_for(self.config).describe(self.config)
-        self.reader = HFReader(directory)
-        self.infos: Mapping[str, TensorInfo] = self.reader.infos
-        self.tensors = self._vocabulary_tensors()
-        self.embedding = self.tensors[0]
-        self.rows = self.infos[self.embedding].shape[0]
+    folder: Path
+    """Where config.json and the tokenizer lie."""
+    config: Mapping[str, Any]
+    architecture: Architecture
+    weights: Any
+    """What has `infos` and `read` of tensors, by the names of the format: an HFReader or a `Source`."""
+    parts: Mapping[str, int]
+    """Tensors with a row for each token -> which of them it is, or which one it repeats. The embedding is 0."""
+
+    def __post_init__(self) -> None:
         if wrong := [name for name in self.tensors if self.infos[name].shape[0] != self.rows]:
-            raise ValueError(f"{directory}: {wrong[0]} has {self.infos[wrong[0]].shape[0]} rows, not {self.rows}")
+            raise ValueError(f"{self.folder}: {wrong[0]} has {self.infos[wrong[0]].shape[0]} rows, not {self.rows}")
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Dtype and shape of every tensor."""
+        return self.weights.infos
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Those with a row for each token, the embedding first."""
+        return tuple(self.parts)
+
+    @property
+    def rows(self) -> int:
+        """Of the embedding."""
+        return self.infos[self.tensors[0]].shape[0]
 
     @property
     def std(self) -> float:
         """Of fresh weights."""
         return float(self.config.get("initializer_range") or 0.02)
 
-    def _vocabulary_tensors(self) -> tuple[str, ...]:
-        """The embedding, the output layer, and tensors that merely repeat them; as they are called in these files."""
-        rules = self.architecture.family.weights
-        inner = (EMBEDDING,) if self.architecture.tied else (EMBEDDING, OUTPUT_LAYER)
-        wanted = [name for part in inner for rule in rules if rule.internal.startswith(part) for name in rule.hf]
-        found = [self._found(name) for name in wanted]
-        repeats = self.architecture.repeats
-        copies = [name for name, original in repeats.items() if original in wanted and name in self.infos]
-        return tuple(dict.fromkeys([*found, *copies]))
-
-    def _found(self, name: str) -> str:
-        short = name.partition(".")[2]  # some checkpoints leave out the module around everything
-        if name not in self.infos and short not in self.infos:
-            raise ValueError(f"{self.reader.directory} has no tensor {name}, which its family must have")
-        return name if name in self.infos else short
-
-    def part(self, name: str) -> int:
-        """The number of a tensor among `tensors`, or of the one that it repeats."""
-        original = self.architecture.repeats.get(name)
-        return self.tensors.index(self._found(original) if original else name)
-
     def grown_config(self, rows: int) -> dict[str, Any]:
         """config.json with another number of rows."""
         fields = {self.architecture.family.vocab_size, "vocab_size"}
         known = {name: rows for name in fields if self.config.get(name) is not None}
         return {**self.config, **known}
+
+
+def vocabulary_rules(architecture: Architecture) -> list[Rule]:
+    """The rules of the tensors with a row for each token: the embedding and, unless it is tied, the output layer."""
+    inner = (EMBEDDING,) if architecture.tied else (EMBEDDING, OUTPUT_LAYER)
+    return [rule for part in inner for rule in architecture.family.weights if rule.internal.startswith(part)]
+
+
+def open_huggingface(directory: str | Path) -> Model:
+    """A Hugging Face model; ValueError if it is of no known family, or a tensor that must be there is not."""
+    config, reader = read_json(Path(directory) / CONFIG), HFReader(directory)
+    architecture, infos = family_for(config).describe(config), reader.infos
+    found = {name: _found(name, infos, directory) for rule in vocabulary_rules(architecture) for name in rule.hf}
+    parts = {own: number for number, own in enumerate(dict.fromkeys(found.values()))}
+    repeats = {name: original for name, original in architecture.repeats.items() if original in found}
+    parts |= {name: parts[found[original]] for name, original in repeats.items() if name in infos}
+    return Model(Path(directory), config, architecture, reader, parts)
+
+
+def _found(name: str, infos: Mapping[str, TensorInfo], directory: str | Path) -> str:
+    short = name.partition(".")[2]  # some checkpoints leave out the module around everything
+    if name not in infos and short not in infos:
+        raise ValueError(f"{directory} has no tensor {name}, which its family must have")
+    return name if name in infos else short
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
@@ -248,13 +291,13 @@ def _replace_tokenizer(staged: Path, tokenizer: Path) -> None:
 
 def _write_weights(model: Model, recipe: Recipe, staged: Path, copy: bool) -> tuple[str, ...]:
     """Writes the files with a changed tensor, takes over the others; returns the names of those written."""
-    plan, present, written = model.reader.plan, set(model.reader.files), []
+    plan, present, written = model.weights.plan, set(model.weights.files), []
     infos = dict(model.infos) | {
         name: TensorInfo(model.infos[name].dtype, (recipe.rows, *model.infos[name].shape[1:])) for name in model.tensors
     }
     for file, names in plan.files.items():
         if file in present and not set(names) & set(model.tensors):
-            _take_over(model.reader.directory / file, staged / file, copy)
+            _take_over(model.weights.directory / file, staged / file, copy)
             continue
         _write_file(staged / file, names, infos, plan, model, recipe)
         written.append(file)
@@ -277,9 +320,9 @@ def _write_file(
     with path.open("wb") as file:
         file.write(header(names, infos, plan.metadata.get(path.name)).content)
         for name in names:
-            tensor = model.reader.read(name)
+            tensor = model.weights.read(name)
             if name in model.tensors:
-                tensor = recipe.grow(tensor, model.part(name))
+                tensor = recipe.grow(tensor, model.parts[name])
             data = tensor.contiguous().flatten().view(torch.uint8)
             for piece in data.split(_PIECE):
                 file.write(piece.numpy().data)

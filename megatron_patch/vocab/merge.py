@@ -1,4 +1,4 @@
-"""New SentencePiece pieces appended to a base tokenizer: `megatron-patch vocab merge`.
+"""New pieces appended to a base tokenizer: `megatron-patch vocab merge`. SentencePiece here, else `byte_level_merge`.
 
     report = merge(VocabMergeArgs(base="llama/", new="new.model", output="merged/", corpus=("corpus.jsonl",)))
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -24,16 +24,17 @@ from megatron_patch.checkpoint.directory import read_json, staging
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 from megatron_patch.tokenizer.conventions import Recognised, recognise
 from megatron_patch.tokenizer.hf import tokenizer_files
+from megatron_patch.tokenizer.sentencepiece_model import UNUSED, load_proto, processor
 from megatron_patch.vocab.arguments import VocabMergeArgs
+from megatron_patch.vocab.byte_level import open_byte_level
+from megatron_patch.vocab.byte_level_merge import merge_byte_level
 from megatron_patch.vocab.corpus import Corpus, batches
 from megatron_patch.vocab.fast import default_settings, save
+from megatron_patch.vocab.merge_report import PROBES, MergeReport, Outcome, Tally
 from megatron_patch.vocab.note import EXTENSION, write_note
 from megatron_patch.vocab.pieces import (
-    UNUSED,
     extend,
-    load_proto,
     normal_pieces,
-    processor,
     reachable,
     require_bpe,
     supported,
@@ -42,19 +43,6 @@ from megatron_patch.vocab.scripts import has_cjk, is_cjk_piece
 
 MODEL, JSON, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _ROUNDS = 8
-
-PROBES = (
-    "The capital of France is Paris.",
-    "今天天气很好，我们去公园散步。价格=３<５；见 𠮷野家",
-    "a literal </s> and <s>, <unk>, <|reserved_0|>, <0x0A> in the text",
-    "emoji 👩‍👩‍👧 and\r\nline\nends\ttabs  and   spaces ",
-    "NUL \x00, separators \u2028\u2029, accents e\u0301 é, full\u3000width",
-    "日本語のテキスト、한국어 텍스트, ไทย, العربية",
-    "啊啊啊啊啊啊啊aaaaaaaaaaa  哈哈哈哈哈",
-    " leading and trailing ",
-    "def f(x):\n    return x ** 2  # 12345.678\n",
-)
-"""Text that is hard on tokenizers; both libraries must agree on it, whatever the corpus."""
 
 
 @dataclass(frozen=True)
@@ -70,58 +58,16 @@ class Base:
     """Tokens that follow the model's own: id -> text, and whether it is special."""
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did."""
-
-    output: str
-    base_size: int
-    """Ids of the base, its added tokens included."""
-    vocab_size: int
-    """Ids of the result, reserved rows included."""
-    new_pieces: int
-    reserved: int
-    """Rows that only fill up."""
-    dropped: Mapping[str, int]
-    """Reason -> number of pieces of the new model that were not taken."""
-    used: int | None
-    """New pieces that the corpus uses; None without a corpus."""
-    documents: int
-    """On which sentencepiece and transformers were compared and agree, built-in ones included."""
-    round_trip_failures: int
-    """Documents that do not come back from their ids, though they do with the base."""
-    other_documents: int
-    """Compared documents without CJK characters."""
-    other_changed: int
-    """Those of them whose ids are not those of the base."""
-    skipped: Mapping[str, int]
-    """Reason -> number of records of the corpus that are no document."""
-    seconds: float
-
-    def table(self) -> Iterator[tuple[str, str]]:
-        """Names and values for a table."""
-        yield "vocabulary", f"{self.base_size:,} -> {self.vocab_size:,} ({self.reserved} reserved)"
-        yield "new pieces", f"{self.new_pieces:,}"
-        yield from ((f"dropped: {reason}", f"{count:,}") for reason, count in self.dropped.items())
-        if self.used is not None:
-            dead = self.new_pieces - self.used
-            yield "new pieces the corpus never uses", f"{dead:,} ({dead / max(1, self.new_pieces):.2%})"
-        yield "sentencepiece = transformers", f"on all of {self.documents:,} documents"
-        yield "round trips that fail, unlike the base's", f"{self.round_trip_failures:,}"
-        same = self.other_documents - self.other_changed
-        yield "documents without CJK that keep their ids", f"{same:,} of {self.other_documents:,}"
-        yield from ((f"skipped: {reason}", f"{count:,}") for reason, count in self.skipped.items())
-        yield "time", f"{self.seconds:.1f} s"
-
-
 def merge(args: VocabMergeArgs) -> MergeReport:
     """Writes the merged tokenizer.
 
-    Raises ValueError for what a user can mend: a base that is no SentencePiece BPE, no piece left to add, documents on
-    which sentencepiece and transformers cannot be brought to agree. Nothing is left behind then.
+    Raises ValueError for what a user can mend: a base that is no BPE, no piece left to add, documents on
+    which the libraries cannot be brought to agree. Nothing is left behind then.
     """
     start = time.perf_counter()
     args.validate()
+    if byte_level := open_byte_level(args.base):
+        return merge_byte_level(args, byte_level)
     base, corpus = open_base(Path(args.base)), Corpus(args.corpus, args.text_key) if args.corpus else None
     grown = extend(base.proto, (), added=base.added)
     choice = _Choice(grown, args.pad_multiple)
@@ -135,6 +81,7 @@ def merge(args: VocabMergeArgs) -> MergeReport:
         write_note(staged, EXTENSION, {"base_size": len(grown.pieces), "size": len(proto.pieces), "reserved": reserved})
     return MergeReport(
         output=args.output,
+        libraries="sentencepiece = transformers",
         base_size=len(grown.pieces),
         vocab_size=len(proto.pieces),
         new_pieces=len(choice.pieces),
@@ -164,7 +111,7 @@ def open_base(path: Path) -> Base:
         )
     file = published.file if published else path / MODEL
     if not file.is_file():
-        raise ValueError(f"{path} holds no {MODEL}; a byte-level BPE (tokenizer.json alone) is no SentencePiece model")
+        raise ValueError(f"{path} holds no {MODEL}, nor the {JSON} of a byte-level BPE")
     proto = load_proto(file)
     require_bpe(proto, file)
     return Base(proto, path if named else None, published, _added(path, len(proto.pieces)) if named else {})
@@ -244,17 +191,7 @@ class _Choice:
 # --------------------------------------------------------------------------------------------------- writing, comparing
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What comparing the written tokenizer with sentencepiece and with the base found."""
-
-    documents: int = 0
-    round_trip_failures: int = 0
-    other_documents: int = 0
-    other_changed: int = 0
-
-
-def _write_agreeing(base: Base, choice: _Choice, staged: Path, args: VocabMergeArgs, corpus: Corpus | None) -> _Outcome:
+def _write_agreeing(base: Base, choice: _Choice, staged: Path, args: VocabMergeArgs, corpus: Corpus | None) -> Outcome:
     """Writes the tokenizer; pieces on which the two libraries differ are dropped, and it is written again."""
     for _ in range(_ROUNDS):
         proto = choice.proto()
@@ -301,9 +238,9 @@ def _json(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _compare(base: Base, proto: ModelProto, merged: Tokenizer, texts: Iterable[str]) -> tuple[_Outcome, set[str]]:
+def _compare(base: Base, proto: ModelProto, merged: Tokenizer, texts: Iterable[str]) -> tuple[Outcome, set[str]]:
     """Compares ids and round trips, and names the tokens on which the libraries differ."""
-    old_sp, new_sp, tally, culprits = processor(base.proto), processor(proto), _Tally(), set()
+    old_sp, new_sp, tally, culprits = processor(base.proto), processor(proto), Tally(), set()
     for batch in batches(texts):
         ours, theirs = new_sp.encode(batch), merged.encode_batch(batch, add_special_tokens=False)
         for text, one, other, was in zip(batch, ours, theirs, old_sp.encode(batch), strict=True):
@@ -314,16 +251,6 @@ def _compare(base: Base, proto: ModelProto, merged: Tokenizer, texts: Iterable[s
             tally.add("other_documents", not has_cjk(text))
             tally.add("other_changed", not has_cjk(text) and one != was)
     return tally.outcome(), culprits
-
-
-class _Tally(dict[str, int]):
-    """Counts by name."""
-
-    def add(self, name: str, count: int = 1) -> None:
-        self[name] = self.get(name, 0) + count
-
-    def outcome(self) -> _Outcome:
-        return _Outcome(**self)
 
 
 def _difference(one: list[int], other: list[int]) -> set[int]:

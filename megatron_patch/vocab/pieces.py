@@ -1,4 +1,4 @@
-"""SentencePiece models as protos: read, extended at tail rank, and asked which pieces a text can ever meet.
+"""SentencePiece models extended at tail rank, and asked which pieces a text can ever meet.
 
 A new piece gets a score below every old one (but for Llama's pieces of several spaces, which are last anyway), so no
 old merge ever gives way to a new one; and new pieces stand at the end in the order of their scores, for those who rank
@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Types of pieces."""
+from megatron_patch.tokenizer.sentencepiece_model import CONTROL, NORMAL, UNUSED, USER_DEFINED, processor
+
 RESERVED = "<|reserved_{}|>"
 """Names of the rows that only fill up."""
 
@@ -24,44 +23,11 @@ _EXACT = float(1 << 23)
 _LONGEST = 1 << 20
 
 
-def load_proto(path: str | Path) -> ModelProto:
-    """The model in a file; a ValueError names the file where it is none."""
-    try:
-        proto = ModelProto.FromString(Path(path).read_bytes())
-    except Exception as error:  # protobuf's DecodeError has no stable place to import it from
-        raise ValueError(f"{path} is no SentencePiece model: {error}") from error
-    if not proto.pieces:
-        raise ValueError(f"{path} is no SentencePiece model: it has no pieces")
-    return proto
-
-
-def is_proto(path: str | Path) -> bool:
-    """Whether a file is a SentencePiece model; some tokenizer.model files are lists of tiktoken."""
-    try:
-        return bool(load_proto(path))
-    except ValueError:
-        return False
-
-
 def require_bpe(proto: ModelProto, path: str | Path) -> None:
     """Raises ValueError unless the model is BPE: in a unigram model every new piece would change old text."""
     if proto.trainer_spec.model_type != TrainerSpec.BPE:
         kind = TrainerSpec.ModelType.Name(proto.trainer_spec.model_type)
         raise ValueError(f"{path} is a {kind} model; only a BPE model can be extended so that old text keeps its ids")
-
-
-def processor(proto: ModelProto, *, bare: bool = False) -> SentencePieceProcessor:
-    """The model at work.
-
-    Args:
-        bare: encode pieces, not texts: nothing is put before them and nothing normalised.
-    """
-    if bare:
-        proto = ModelProto.FromString(proto.SerializeToString())
-        proto.normalizer_spec.CopyFrom(type(proto.normalizer_spec)(name="identity"))
-        proto.normalizer_spec.add_dummy_prefix = False
-        proto.normalizer_spec.remove_extra_whitespaces = False
-    return SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
 def normal_pieces(proto: ModelProto) -> list[str]:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from megatron_patch.tokenizer import Tokenizer
-from megatron_patch.vocab.pieces import processor
-from megatron_patch.vocab.scripts import SPACE
+from megatron_patch.tokenizer.sentencepiece_model import SPACE, processor
+from megatron_patch.vocab.byte_level import spell, spells_bytes
 
 Sources = Mapping[int, tuple[int, ...]]
 """New id -> old ids in the order of its text; none where the token has no text of its own (reserved rows)."""
@@ -83,12 +83,7 @@ def _splitter(old: Tokenizer, new: Tokenizer) -> Callable[[str], list[int]]:
 
 def _spelling(settings: Mapping[str, object]) -> Callable[[str], str]:
     """How a text is written in the tokens of a model; added tokens are not."""
-    if '"ByteLevel"' not in json.dumps(settings["pre_tokenizer"]):
-        return lambda text: text.replace(" ", SPACE)
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = bytes_to_unicode()
-    return lambda text: "".join(letters[byte] for byte in text.encode())
+    return spell if spells_bytes(settings) else lambda text: text.replace(" ", SPACE)
 
 
 def _sentencepiece_splitter(old: Tokenizer) -> Callable[[str], list[int]]:

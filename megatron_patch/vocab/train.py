@@ -1,9 +1,11 @@
-"""A SentencePiece model of one's own text: `megatron-patch vocab train`.
+"""New pieces for one's own text: `megatron-patch vocab train`.
 
     report = train(VocabTrainArgs(input=("corpus.jsonl",), output="new.model"))
+    report = train(VocabTrainArgs(input=("corpus.jsonl",), output="new.json", base="llama3/"))
 
-Text is not normalised, digits stand alone and there are no byte pieces, so that `merge` can append the pieces to a base
-whose own they are. It does not know the base.
+A SentencePiece model, or the merges that continue those of a byte-level base. In the model text is not normalised,
+digits stand alone and there are no byte pieces, so that `merge` can append the pieces to a base whose own they are. It
+does not know what is taken of it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import sentencepiece
 
 from megatron_patch.checkpoint.directory import sync
 from megatron_patch.vocab.arguments import VocabTrainArgs
+from megatron_patch.vocab.byte_level import ByteLevel, dump_merges, open_byte_level
+from megatron_patch.vocab.byte_level_train import learn, sample_lines
 from megatron_patch.vocab.corpus import Corpus
 
 _LONGEST_LINE = 4000
@@ -48,14 +52,30 @@ class TrainReport:
 
 
 def train(args: VocabTrainArgs) -> TrainReport:
-    """Trains and writes the model.
+    """Trains and writes the model, or the merges.
 
     Raises ValueError for what a user can mend, such as a corpus too small for so many pieces. Nothing is left then.
     """
     start = time.perf_counter()
     args.validate()
-    corpus, model = Corpus(args.input, args.text_key), io.BytesIO()
-    lines = _Lines(corpus)
+    base = open_byte_level(args.base) if args.base is not None else None
+    args.require_kind(base is not None)
+    corpus = Corpus(args.input, args.text_key)
+    lines = _Documents(corpus) if base else _Lines(corpus)
+    content, pieces = _merges(args, base, lines) if base else _model(args, lines)
+    _write(Path(args.output), content)
+    seconds = time.perf_counter() - start
+    return TrainReport(args.output, pieces, lines.count, lines.characters, dict(corpus.skipped), seconds)
+
+
+def _merges(args: VocabTrainArgs, base: ByteLevel, documents: Iterable[str]) -> tuple[bytes, int]:
+    texts = sample_lines(documents, args.max_lines) if args.max_lines else documents
+    merges = learn(base, texts, args.vocab_size, args.threads)
+    return dump_merges(base, merges).encode(), len(merges)
+
+
+def _model(args: VocabTrainArgs, lines: Iterable[str]) -> tuple[bytes, int]:
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -73,10 +93,20 @@ def train(args: VocabTrainArgs) -> TrainReport:
         )
     except RuntimeError as error:
         raise ValueError(f"sentencepiece cannot train --vocab-size {args.vocab_size}: {error}") from error
-    _write(Path(args.output), model.getvalue())
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
-    seconds = time.perf_counter() - start
-    return TrainReport(args.output, pieces, lines.count, lines.characters, dict(corpus.skipped), seconds)
+    content = model.getvalue()
+    return content, sentencepiece.SentencePieceProcessor(model_proto=content).get_piece_size()
+
+
+class _Documents:
+    """Documents as they are."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts, self.count, self.characters = texts, 0, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.count, self.characters = self.count + text.count("\n") + 1, self.characters + len(text)
+            yield text
 
 
 class _Lines:

@@ -4,7 +4,8 @@
 
 First the files: tokens, numbers of rows, every bit of what must not have changed, and the new rows computed again. Then
 both models run in transformers, one after the other: on old tokens, hidden states and old logits must be the same bits,
-and each new logit the one that its row's recipe gives. It does not know megatron-core.
+and each new logit the one that its row's recipe gives. Of Megatron checkpoints the files alone are looked at. It does
+not know megatron-core.
 """
 
 from __future__ import annotations
@@ -12,16 +13,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_patch.checkpoint.directory import CONFIG, read_json
 from megatron_patch.checkpoint.sharding import same_bits
 from megatron_patch.tokenizer import load_tokenizer
 from megatron_patch.vocab.arguments import VocabVerifyArgs
-from megatron_patch.vocab.initialise import Model, Recipe
+from megatron_patch.vocab.initialise import Model, Recipe, open_huggingface
 from megatron_patch.vocab.note import EXTENSION, INITIALISATION, read_note
 from megatron_patch.vocab.subpieces import Growth, compare
 
@@ -55,19 +54,29 @@ class VerifyReport:
 def verify(args: VocabVerifyArgs) -> VerifyReport:
     """Compares the two; ValueError if one cannot be read, or `init` has not written the second."""
     args.validate()
-    note = read_note(args.model, INITIALISATION)
+    base, grown = _opened(args)
+    note = read_note(grown.folder, INITIALISATION)
     if not note:
         raise ValueError(f"--model {args.model!r} holds no {INITIALISATION}: it was not written by `vocab init`")
-    base, grown, new = Model(args.base), Model(args.model), load_tokenizer(args.model)
-    growth = compare(load_tokenizer(args.base), new, base.rows, read_note(args.model, EXTENSION).get("reserved", ()))
+    old, new = load_tokenizer(base.folder), load_tokenizer(grown.folder)
+    growth = compare(old, new, base.rows, read_note(grown.folder, EXTENSION).get("reserved", ()))
     counts = {int(i): count for i, count in (note["counts"] or {}).items()}
     recipe = Recipe(
         growth, grown.rows, note["method"], note["seed"], base.std, [counts.get(i, 0) for i in range(base.rows)]
     )
     checks = [*_rows(args, grown, growth), *_bits(base, grown, recipe)]
-    if args.level == "logits" and all(check.ok for check in checks):
+    if args.wants_logits and all(check.ok for check in checks):
         checks += _logits(args, base, grown, recipe)
     return VerifyReport(tuple(checks))
+
+
+def _opened(args: VocabVerifyArgs) -> tuple[Model, Model]:
+    if not args.is_megatron:
+        return open_huggingface(args.base), open_huggingface(args.model)
+    from megatron_patch.vocab.megatron import open_megatron
+
+    ways = (args.hf_config, args.trust_pickle)
+    return open_megatron(args.base, *ways), open_megatron(args.model, None, args.trust_pickle)
 
 
 # ------------------------------------------------------------------------------------------------------------ the files
@@ -76,7 +85,7 @@ def verify(args: VocabVerifyArgs) -> VerifyReport:
 def _rows(args: VocabVerifyArgs, grown: Model, growth: Growth) -> Iterator[Check]:
     kept, fresh = len(growth.old_ids), len(growth.sources)
     yield Check("tokens", True, f"{kept:,} have their old id, {fresh:,} are new")
-    stated = read_json(Path(args.model) / CONFIG)[grown.architecture.family.vocab_size]
+    stated = grown.config[grown.architecture.family.vocab_size]
     yield Check("rows as config.json says", stated == grown.rows, f"{grown.rows:,} rows, config.json has {stated:,}")
     yield Check("a row for each token", grown.rows >= growth.size, f"{grown.rows:,} rows, {growth.size:,} ids")
     size = args.tensor_model_parallel_size
@@ -93,13 +102,13 @@ def _bits(base: Model, grown: Model, recipe: Recipe) -> Iterator[Check]:
     if not same_names:
         return
     others = [name for name in base.infos if name not in base.tensors]
-    changed = [name for name in others if not same_bits(base.reader.read(name), grown.reader.read(name))]
+    changed = [name for name in others if not same_bits(base.weights.read(name), grown.weights.read(name))]
     yield Check("other tensors", not changed, f"{len(changed)} of {len(others):,} differ {changed[:5] or ''}".strip())
     for name in base.tensors:
-        old, new = base.reader.read(name), grown.reader.read(name)
+        old, new = base.weights.read(name), grown.weights.read(name)
         ids = list(recipe.growth.old_ids)
         yield Check(f"old rows of {name}", _equal_rows(old, new, ids), f"{len(ids):,}, every bit")
-        expected, ids = recipe.grow(old, base.part(name)), sorted(set(range(len(new))) - set(ids))
+        expected, ids = recipe.grow(old, base.parts[name]), sorted(set(range(len(new))) - set(ids))
         yield Check(f"other rows of {name}", _equal_rows(expected, new, ids), f"{len(ids):,}, method {recipe.method}")
 
 
@@ -151,7 +160,7 @@ def _old_logits(old: Tensor, new: Tensor) -> tuple[bool, str]:
 
 def _new_logits(hidden: Tensor, old: Tensor, new: Tensor, grown: Model, recipe: Recipe) -> tuple[bool, str]:
     """Each new logit is the mean of its parts' logits, up to the rounding of its row to the stored dtype."""
-    head = grown.reader.read(grown.tensors[-1 if grown.infos[grown.tensors[-1]].shape[1:] else -2])
+    head = grown.weights.read(grown.tensors[-1 if grown.infos[grown.tensors[-1]].shape[1:] else -2])
     rounding = torch.finfo(head.dtype).eps / 2 + hidden.shape[-1] * torch.finfo(torch.float32).eps
     worst, checked, by_token = 0.0, 0, old.movedim(-1, 0)
     for number, parts in recipe.growth.sources.items():

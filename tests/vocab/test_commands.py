@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_patch.launch.main import main
+from megatron_patch.tokenizer.sentencepiece_model import load_proto
 from megatron_patch.vocab.analyze import analyze
 from megatron_patch.vocab.arguments import VocabAnalyzeArgs, VocabInitArgs, VocabTrainArgs
-from megatron_patch.vocab.pieces import load_proto
 from megatron_patch.vocab.train import train
 from tests.vocab import make
 
@@ -80,7 +81,10 @@ def test_the_analysis_counts_tokens_characters_and_rows_in_use(tmp_path, base, m
 
 def test_the_base_counts_as_its_model_reads_it_and_what_transformers_misreads_is_told(tmp_path, base, merged):
     held = make.jsonl(tmp_path / "held.jsonl", ["two  spaces\n    and four", "the city"])
-    report = analyze(VocabAnalyzeArgs(str(base), str(merged), (held,)))
+    stale = make.base_directory(tmp_path / "stale")
+    AutoTokenizer.from_pretrained(base).save_pretrained(stale)  # its tokenizer.json wins over tokenizer.model
+    assert analyze(VocabAnalyzeArgs(str(base), str(merged), (held,))).misread == 0
+    report = analyze(VocabAnalyzeArgs(str(stale), str(merged), (held,)))
     assert (report.languages["other"].unchanged, report.misread) == (2, 1)
 
 

@@ -11,9 +11,10 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer
 
 from megatron_patch.tokenizer import load_tokenizer
+from megatron_patch.tokenizer.sentencepiece_model import load_proto
 from megatron_patch.vocab.arguments import VocabMergeArgs
 from megatron_patch.vocab.merge import PROBES, merge
-from megatron_patch.vocab.pieces import extend, load_proto, reachable, supported
+from megatron_patch.vocab.pieces import extend, reachable, supported
 from megatron_patch.vocab.scripts import is_cjk_piece, language
 from tests.vocab import make
 
