@@ -16,7 +16,8 @@ from typing import Any
 
 from megatron_patch.checkpoint.directory import is_megatron, read_config, read_json
 from toolkits.model_checkpoints_convertor import sizes
-from toolkits.model_checkpoints_convertor.orders import DTYPES, NONE, Order
+from toolkits.model_checkpoints_convertor.orders import DTYPES, Order
+from toolkits.positional import NONE, Command, choice_problems, extra_flags
 
 ENVIRONMENT = {
     "CKPT_FORMAT": "format of the Megatron checkpoint to write: torch_dist or legacy, whatever the order's own is",
@@ -38,24 +39,6 @@ _LAYOUT = {
 }
 _LAYOUT_FLAGS = (*_LAYOUT.values(), "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers")
 _UNUSED_BY_VERIFY = "not needed: CHECK_ONLY converts nothing"
-
-
-@dataclass(frozen=True)
-class Command:
-    """What to run, and what to tell."""
-
-    argv: tuple[str, ...]
-    """Arguments of `megatron-patch`."""
-
-    effects: Mapping[str, str]
-    """What became of each argument, by role, and of each environment variable, by name."""
-
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def line(self) -> str:
-        """The command as a shell reads it."""
-        return shlex.join(("megatron-patch", *self.argv))
 
 
 @dataclass
@@ -99,7 +82,7 @@ class _Draft:
 
     def name(self, role: str) -> str:
         """`argument 3 NAME` of the order's argument with a role."""
-        return next(f"argument {one.number} {one.name}" for one in self.order.arguments if one.role == role)
+        return self.order.name(role)
 
     def use(self, role: str, *flag: str) -> None:
         """Give the command a flag and note it as the argument's effect."""
@@ -114,7 +97,7 @@ def command(order: Order, values: Mapping[str, str], environment: Mapping[str, s
         ValueError: arguments or environment variables that contradict each other, the checkpoint, or what is supported.
     """
     draft = _Draft(order, values, {name: environment[name] for name in ENVIRONMENT if environment.get(name)})
-    _check_choices(draft)
+    draft.problems += choice_problems(environment, _CHOICES)
     for step in _STEPS:
         if not draft.problems:
             step(draft)
@@ -125,20 +108,8 @@ def command(order: Order, values: Mapping[str, str], environment: Mapping[str, s
     return Command((name, *draft.flags, *extra), draft.effects, tuple(draft.warnings))
 
 
-def _check_choices(draft: _Draft) -> None:
-    for name, choices in _CHOICES.items():
-        if (value := draft.environment.get(name, choices[0])) not in choices:
-            draft.problems.append(
-                f"environment variable {name}={value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}"
-            )
-
-
 def _extra_flags(draft: _Draft) -> list[str]:
-    try:
-        extra = shlex.split(draft.environment.get("CONVERT_ARGS", ""))
-    except ValueError as error:
-        raise ValueError(f"environment variable CONVERT_ARGS: {error}") from error
-    if extra:
+    if extra := extra_flags(draft.environment, "CONVERT_ARGS"):
         draft.effects["CONVERT_ARGS"] = "added to the command"
     return extra
 

@@ -1,67 +1,32 @@
 """The orders of arguments that conversion scripts of cluster users know by heart, as data, and the check of a call.
 
-An order is a tuple of arguments; an argument has the name its users know and a role: what it is for here. `read` finds
-the role's values in a call or says which argument is wrong. It does not know what a conversion is: see command.py.
+An order is a tuple of arguments; an argument has the name its users know and a role: what it is for here (see
+toolkits/positional.py). It does not know what a conversion is: see command.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import ClassVar, Literal
 
+from toolkits import positional
 from toolkits.model_checkpoints_convertor import sizes
-
-NONE = "none"
-"""What a path may be where there is none."""
+from toolkits.positional import MEGATRON_LM, NONE, Role, one_of, whole
 
 DTYPES = MappingProxyType({"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"})
-
-
-@dataclass(frozen=True)
-class Role:
-    """What an argument is for, and which values it may have."""
-
-    meaning: str
-    rule: str
-    accepts: Callable[[str], bool]
-
-
-def _whole(least: int) -> tuple[str, Callable[[str], bool]]:
-    return f"must be a whole number of at least {least}", lambda text: _is_number(text) and int(text) >= least
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
-
-
-def _one_of(*choices: str) -> tuple[str, Callable[[str], bool]]:
-    return f"choose {', '.join(choices[:-1])} or {choices[-1]}", choices.__contains__
-
-
-def _is_megatron_lm(text: str) -> bool:
-    """Megatron-LM itself, or the checkout of a patch that holds copies of it."""
-    path = Path(text)
-    inside = ("megatron", "megatron_patch", "*Megatron-LM*", "backends/megatron")
-    return text == NONE or (path.is_dir() and any(any(path.glob(name)) for name in inside))
-
 
 _SIZE = (
     "must have a size in it, such as 7B, llama2-13b, 0.5B, 8x7B or A3B",
     lambda text: sizes.promised(text) is not None,
 )
-_COUNT, _DEGREE, _BOOL = _whole(0), _whole(1), _one_of("true", "false")
+_COUNT, _DEGREE, _BOOL = whole(0), whole(1), one_of("true", "false")
 
 ROLES: Mapping[str, Role] = MappingProxyType(
     {
-        "megatron_lm": Role(
-            "a Megatron-LM checkout; megatron-core is an installed package here",
-            "must be a directory with megatron/ in it (or a checkout that holds Megatron-LM), or none",
-            _is_megatron_lm,
-        ),
+        "megatron_lm": MEGATRON_LM,
         "source": Role("what to convert", "must be a directory that exists", lambda text: Path(text).is_dir()),
         "clip": Role(
             "a vision tower to merge with the language model",
@@ -78,7 +43,7 @@ ROLES: Mapping[str, Role] = MappingProxyType(
         "to_huggingface": Role("false: Hugging Face -> Megatron; true: the way back", *_BOOL),
         "check": Role("compare source and target afterwards", *_BOOL),
         "check_only": Role("only compare source and target, convert nothing", *_BOOL),
-        "dtype": Role("precision to write", *_one_of(*DTYPES)),
+        "dtype": Role("precision to write", *one_of(*DTYPES)),
         "transformer_engine": Role("names of Transformer Engine's layers, or of megatron-core's own", *_BOOL),
         "config": Role(
             "the Hugging Face model, whose config and tokenizer the way back may need",
@@ -112,74 +77,14 @@ NAMES: Mapping[str, str] = MappingProxyType({
 
 
 @dataclass(frozen=True)
-class Argument:
-    """One place of an order."""
-
-    number: int
-    name: str
-    role: str
-
-    def problem(self, value: str) -> str:
-        """What is wrong with a value; empty if nothing is."""
-        rule = ROLES[self.role].rule if value else "is empty"
-        return (
-            "" if value and ROLES[self.role].accepts(value) else f"argument {self.number} {self.name}={value!r}: {rule}"
-        )
-
-
-@dataclass(frozen=True)
-class Order:
+class Order(positional.Order):
     """One order of arguments and what it writes in the direction of Megatron."""
 
-    word: str
-    names: str
-    """Of the arguments, in order."""
+    roles: ClassVar[Mapping[str, Role]] = ROLES
+    roles_of_names: ClassVar[Mapping[str, str]] = NAMES
 
     naming: Literal["2023", "te"] | None
     """Parameter names of the legacy checkpoint it writes; None: it writes torch_dist."""
-
-    optional: int = 0
-    """How many arguments at the end may be left out."""
-
-    older: str = ""
-    """An order that had the same script's name before; a call is read as the one that its values fit."""
-
-    @cached_property
-    def arguments(self) -> tuple[Argument, ...]:
-        """Its places."""
-        pairs = (word.partition("=") for word in self.names.split())
-        return tuple(Argument(i, name, role or NAMES[name]) for i, (name, _, role) in enumerate(pairs, 1))
-
-    @property
-    def signature(self) -> str:
-        """The names in order, numbered, those that may be left out in brackets."""
-        first = len(self.arguments) - self.optional
-        words = (
-            f"{one.number} {one.name}" if one.number <= first else f"[{one.number} {one.name}]"
-            for one in self.arguments
-        )
-        return " ".join(words)
-
-    @property
-    def counts(self) -> str:
-        """How many arguments it takes, for a person."""
-        most = len(self.arguments)
-        return f"{most - self.optional} or {most}" if self.optional else str(most)
-
-    def fits_count(self, values: Sequence[str]) -> bool:
-        """Whether a call has as many arguments as this order."""
-        return 0 <= len(self.arguments) - len(values) <= self.optional
-
-    def problems(self, values: Sequence[str]) -> list[str]:
-        """What is wrong with a call, one line each."""
-        if self.fits_count(values):
-            return [text for one, value in zip(self.arguments, values, strict=False) if (text := one.problem(value))]
-        missing = self.arguments[len(values) : len(self.arguments) - self.optional]
-        if missing:
-            names = ", ".join(f"{one.number} {one.name}" for one in missing)
-            return [f"order {self.word} takes {self.counts} arguments, not {len(values)}; missing: {names}"]
-        surplus = " ".join(values[len(self.arguments) :])
-        return [f"order {self.word} takes {self.counts} arguments, not {len(values)}; too many: {surplus}"]
 
 
 _2023 = "MEGATRON_PATH SOURCE_CKPT_PATH TARGET_CKPT_PATH TP PP"
@@ -190,55 +95,40 @@ _MOE = (
     " NUM_EXPERTS EXPERTS_TOPK EP"
 )
 
-ORDERS: Mapping[str, Order] = MappingProxyType(
-    {
-        order.word: order
-        for order in (
-            Order("2023", f"{_2023} MN EXTRA_VOCAB_SIZE mg2hf", "2023"),
-            Order("2023-hf-mg", f"{_2023_HF} MN EXTRA_VOCAB_SIZE mg2hf", "2023"),
-            Order("2023-short", f"{_2023} mg2hf", "2023"),
-            Order("2023-one-way", _2023_HF, "2023"),
-            Order("2023-one-way-mn", f"{_2023_HF} MN EXTRA_VOCAB_SIZE", "2023"),
-            Order("hf2te", f"{_2023} MN EXTRA_VOCAB_SIZE", "te"),
-            Order("mcore-experts", f"{_MOE} NUM_EXPERT_SPLITS mg2hf", "te"),
-            Order("mcore-mistral", f"{_MOE} mg2hf WS", "te", optional=1),
-            Order("mcore-llama3_1", f"{_MCORE} mg2hf CHECK CHECK_ONLY PR HF_CKPT_PATH", "te", optional=1),
-            Order("mcore-dense", f"{_MCORE} mg2hf HF_CKPT_PATH", "te", optional=1),
-            Order("mcore-ep", f"{_MCORE} EP mg2hf HF_CKPT_PATH", "te", optional=1),
-            Order("mcore-upcycle", f"{_MCORE} EP NUM_EXPERTS NUM_SPLITS MOE_INTERMEDIATE_SIZE", "te"),
-            Order("mcore-ep-pr-te", f"{_MCORE} EP PR USE_TE MG2HF HF_CKPT_PATH", "te", optional=1),
-            Order("mcore-pr-te", f"{_MCORE} PR USE_TE MG2HF HF_CKPT_PATH", "te", optional=1),
-            Order("mcore-etp-ep-pr", f"{_MCORE} ETP EP PR MG2HF HF_CKPT_PATH", "te", optional=1),
-            Order("mcore-ep-pr", f"{_MCORE} EP PR MG2HF HF_CKPT_PATH", "te", optional=1, older="mcore-ep"),
-            Order("mcore-vl", f"{_MCORE} MG2HF PR HF_CKPT_PATH", "te", optional=1),
-            Order(
-                "mcore-llava",
-                "MODEL_SIZE SOURCE_LLM_CKPT_PATH SOURCE_CLIP_CKPT_PATH TARGET_CKPT_PATH TP PP mg2hf PR HF_CKPT_PATH",
-                "te",
-                optional=1,
-            ),
-            Order("distributed", "MODEL_SIZE LOAD_DIR SAVE_DIR MG2HF USE_CUDA PR HF_DIR", None, optional=1),
-        )
-    }
+ORDERS: Mapping[str, Order] = positional.by_word(
+    Order("2023", f"{_2023} MN EXTRA_VOCAB_SIZE mg2hf", "2023"),
+    Order("2023-hf-mg", f"{_2023_HF} MN EXTRA_VOCAB_SIZE mg2hf", "2023"),
+    Order("2023-short", f"{_2023} mg2hf", "2023"),
+    Order("2023-one-way", _2023_HF, "2023"),
+    Order("2023-one-way-mn", f"{_2023_HF} MN EXTRA_VOCAB_SIZE", "2023"),
+    Order("hf2te", f"{_2023} MN EXTRA_VOCAB_SIZE", "te"),
+    Order("mcore-experts", f"{_MOE} NUM_EXPERT_SPLITS mg2hf", "te"),
+    Order("mcore-mistral", f"{_MOE} mg2hf WS", "te", optional=1),
+    Order("mcore-llama3_1", f"{_MCORE} mg2hf CHECK CHECK_ONLY PR HF_CKPT_PATH", "te", optional=1),
+    Order("mcore-dense", f"{_MCORE} mg2hf HF_CKPT_PATH", "te", optional=1),
+    Order("mcore-ep", f"{_MCORE} EP mg2hf HF_CKPT_PATH", "te", optional=1),
+    Order("mcore-upcycle", f"{_MCORE} EP NUM_EXPERTS NUM_SPLITS MOE_INTERMEDIATE_SIZE", "te"),
+    Order("mcore-ep-pr-te", f"{_MCORE} EP PR USE_TE MG2HF HF_CKPT_PATH", "te", optional=1),
+    Order("mcore-pr-te", f"{_MCORE} PR USE_TE MG2HF HF_CKPT_PATH", "te", optional=1),
+    Order("mcore-etp-ep-pr", f"{_MCORE} ETP EP PR MG2HF HF_CKPT_PATH", "te", optional=1),
+    Order("mcore-ep-pr", f"{_MCORE} EP PR MG2HF HF_CKPT_PATH", "te", optional=1, older="mcore-ep"),
+    Order("mcore-vl", f"{_MCORE} MG2HF PR HF_CKPT_PATH", "te", optional=1),
+    Order(
+        "mcore-llava",
+        "MODEL_SIZE SOURCE_LLM_CKPT_PATH SOURCE_CLIP_CKPT_PATH TARGET_CKPT_PATH TP PP mg2hf PR HF_CKPT_PATH",
+        "te",
+        optional=1,
+    ),
+    Order("distributed", "MODEL_SIZE LOAD_DIR SAVE_DIR MG2HF USE_CUDA PR HF_DIR", None, optional=1),
 )
 """Every order, by the word that names it."""
 
 
 def read(word: str, values: Sequence[str]) -> tuple[Order, dict[str, str]]:
-    """The order a call is in, and its values by role.
-
-    Raises:
-        ValueError: no such order, or the call does not fit it; every wrong argument is named.
-    """
-    if word not in ORDERS:
-        raise ValueError(f"unknown order {word!r}; choose one of {', '.join(ORDERS)}")
-    order = closest(ORDERS[word], values)
-    if problems := order.problems(values):
-        raise ValueError("\n".join(problems))
-    return order, {one.role: value for one, value in zip(order.arguments, values, strict=False)}
+    """The order a call is in, and its values by role; ValueError names every wrong argument."""
+    return positional.read(ORDERS, word, values)
 
 
 def closest(order: Order, values: Sequence[str]) -> Order:
     """The order, or the older one under the same name, that fits a call best."""
-    candidates = [order, *([ORDERS[order.older]] if order.older else [])]
-    return min(candidates, key=lambda one: (not one.fits_count(values), len(one.problems(values))))
+    return positional.closest(ORDERS, order, values)
