@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 
-from megatron_patch.launch import processes
+from megatron_patch.launch import light, processes
 
 SECONDS_BEHIND_RANK_0 = 2.0
 """How long other ranks wait before they report an error, which mostly is the one that rank 0 reports."""
@@ -37,12 +37,13 @@ COMMANDS = {
     "families": Command("which models there are, what is special about each, what it was proven against"),
     "convert": Command("Hugging Face, torch_dist and legacy checkpoints into one another, at any layout"),
     "verify": Command("prove two checkpoints the same model: names, every bit, or logits on text", parallel=True),
-    "preprocess": Command("jsonl or plain text -> the .bin/.idx files that pretraining reads"),
+    "preprocess": Command("jsonl, parquet or text -> the .bin/.idx files that pretraining reads"),
     "merge": Command("join several .bin/.idx datasets into one, and tell the tokens of each"),
     "inspect": Command("what a .bin/.idx dataset holds: sizes, lengths, special tokens, documents as text"),
     "verify-data": Command("prove a .bin/.idx dataset sound: index, sizes, ids, ends of documents"),
     "vocab": Command("extend a tokenizer: train, analyze, merge; give the new tokens their rows: init, verify"),
     "pretrain": Command("pretrain, or continue to pretrain a converted checkpoint", parallel=True),
+    "evaluate": Command("loss and perplexity of a checkpoint on text or indexed data", parallel=True),
     "generate": Command("continue prompts with a checkpoint", parallel=True),
 }
 
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         problem = f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}" if name else "name a command"
         print(f"{_usage()}\n\nmegatron-patch: error: {problem}", file=sys.stderr)
         return 2
+    light.own_process = argv is None
     return _guarded(name, rest)
 
 

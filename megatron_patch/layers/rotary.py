@@ -70,7 +70,7 @@ class Rotary(torch.nn.Module):
         if self.positions_SBA is None:
             half = positions_SB[..., None].float() * frequencies
         else:
-            half = (self.positions_SBA[..., None].float() * frequencies).flatten(2)
+            half = (self.positions_SBA[..., None].float() * frequencies[..., None, :]).flatten(2)
         whole = half.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((half, half), dim=-1)
         return whole[:, :, None]
 

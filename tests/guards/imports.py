@@ -72,6 +72,9 @@ RULES = {
     "data.tool_arguments": Rule(
         may=("data.arguments",), never=("torch", "megatron", "transformers", "numpy", *_COMMAND_LINE)
     ),
+    "data.sft.arguments": Rule(
+        may=("data.arguments", "data.readers"), never=("torch", "megatron", "transformers", "numpy", *_COMMAND_LINE)
+    ),
     "data": Rule(may=("tokenizer",), never=("safetensors", "megatron.core.parallel_state", *_COMMAND_LINE)),
     "training.arguments": Rule(may=("data.arguments",), never=("torch", "megatron", "transformers", *_COMMAND_LINE)),
     "training": Rule(
@@ -88,8 +91,10 @@ RULES = {
         never=("transformers", *_COMMAND_LINE),
     ),
     "vocab.arguments": Rule(
-        may=("data.arguments", "data.readers"), never=("torch", "megatron", "transformers", *_COMMAND_LINE)
+        may=("checkpoint.directory", "data.arguments", "data.readers"),
+        never=("torch", "megatron", "transformers", *_COMMAND_LINE),
     ),
+    "vocab.megatron": Rule(may=("vocab", "checkpoint"), never=("transformers", "torch.distributed", *_COMMAND_LINE)),
     "vocab": Rule(
         may=(
             "family",
@@ -103,7 +108,15 @@ RULES = {
         ),
         never=("megatron", "torch.distributed", *_COMMAND_LINE),
     ),
-    "evaluation": Rule(may=_EVERYTHING, never=_COMMAND_LINE),
+    "evaluation.arguments": Rule(
+        may=("checkpoint.directory", "data.arguments", "training.arguments"),
+        never=("torch", "megatron", "transformers", "numpy", *_COMMAND_LINE),
+    ),
+    "evaluation.windows": Rule(never=("torch", "megatron", "transformers", *_COMMAND_LINE, *_DISK)),
+    "evaluation.scoring": Rule(
+        may=("evaluation.windows", "model", "layers", "backend"), never=("transformers", *_COMMAND_LINE, *_DISK)
+    ),
+    "evaluation": Rule(may=(*_EVERYTHING, "vocab.corpus"), never=_COMMAND_LINE),
     "launch": Rule(may=(*_EVERYTHING, "generation", "evaluation", "memory", "vocab")),
     "__init__": Rule(may=("backend",), never=("torch", "megatron", "transformers")),
     "__main__": Rule(may=("launch",)),

@@ -1,0 +1,74 @@
+"""What the tests of evaluation share: transformers' own sums by a plain loop, and ours as a function for the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_patch.evaluation.windows import Row, rolling
+
+BEGIN = 3
+SIZES = (5, 31, 1, 14, 77, 22, 9, 2, 40, 23, 41)
+
+
+def documents(sizes: Sequence[int] = SIZES, vocab_size: int = 200) -> list[list[int]]:
+    """Random token ids of different lengths, each token drawn from all."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(vocab_size, (size,), generator=generator).tolist() for size in sizes]
+
+
+@torch.no_grad()
+def theirs(
+    model: torch.nn.Module, found: Sequence[Sequence[int]], seq_length: int, stride: int, begin: int = BEGIN
+) -> list[float]:
+    """The sum of -log p of each document: one window at a time, no padding, log-softmax in fp32."""
+    sums = []
+    for ids in found:
+        whole, scored, total = [begin, *ids], 1, 0.0
+        while scored < len(whole):
+            end = min(len(whole), seq_length + 1 if scored == 1 else scored + stride)
+            window = torch.tensor(whole[max(0, end - seq_length - 1) : end])
+            # A dynamic rotary embedding keeps the frequencies of the longest text so far until it sees a short one.
+            model(torch.tensor([[0]]))
+            log_p = model(window[None, :-1]).logits[0].float().log_softmax(-1)
+            total -= log_p.gather(1, window[1:, None])[scored - end :].double().sum().item()
+            scored = end
+        sums.append(total)
+    return sums
+
+
+def windows(found: Sequence[Sequence[int]], seq_length: int, stride: int) -> list[list[Row]]:
+    """The rows of each document."""
+    return [list(rolling(np.array(ids), [BEGIN], seq_length, stride)) for ids in found]
+
+
+def ours(
+    rank: int,
+    world_size: int,
+    layout: dict[str, Any],
+    jobs: Sequence[tuple[str, Sequence[Row], int]],
+    most_logits: int = 1 << 24,
+) -> list[list[float]]:
+    """For each (checkpoint, rows, micro-batch size) the sum of each row, in one parallel layout."""
+    from pathlib import Path
+
+    from megatron_patch.checkpoint.logits import load_model
+    from megatron_patch.evaluation import scoring
+    from megatron_patch.training.initialize import initialize
+
+    sequence_parallel = layout.pop("sequence_parallel", False)
+    initialize(**layout)
+    scoring._LOGITS = most_logits
+    answers, models = [], {}
+    for root, rows, micro_batch_size in jobs:
+        if root not in models:
+            options = dict(parallel_output=True, sequence_parallel=sequence_parallel)
+            (models[root],) = load_model(Path(root), torch.float32, **options)
+        told: list[int] = []
+        found = scoring.score(models[root], rows, micro_batch_size=micro_batch_size, on_batch=told.append)
+        assert sum(told) == sum(row.counts for row in rows)
+        answers.append(found.tolist())
+    return answers
