@@ -29,6 +29,10 @@ _CARRIED_BYTES = 8 << 20
 """Bytes that a shard carries with it at most, unless a line is longer."""
 
 
+_ASKED = 64
+"""Records between two looks at how far a file is read."""
+
+
 class Piece(NamedTuple):
     """A file, or a part of one."""
 
@@ -164,9 +168,10 @@ class ShardReader:
 
     def _read(self, piece: Piece, index: int) -> Iterator[Record]:
         with open(piece.path, "rb") as raw:
-            before = self.position
-            for record in self._records(piece, index, raw):
-                self.position = before + raw.tell() - (piece.start if not readers.is_parquet(piece.path) else 0)
+            before = self.position - (0 if readers.is_parquet(piece.path) else piece.start)
+            for number, record in enumerate(self._records(piece, index, raw)):
+                if not number % _ASKED:  # a system call each time
+                    self.position = before + raw.tell()
                 yield record
 
     def _records(self, piece: Piece, index: int, raw: IO[bytes]) -> Iterator[Record]:

@@ -190,7 +190,8 @@ def tokenize_shard(shard: Shard) -> ShardReport:
             if reader.position - read >= BATCH_CHARACTERS:
                 _worker.advance(reader.position - read)
                 read = reader.position
-        sync(quarantine)
+        if report.bad:
+            sync(quarantine)
     report.keys = [writer.close() for writer in writers]
     parts = zip(shard.pieces, reader.lines, strict=True)
     report.lines = [(piece.path, lines) for piece, lines in parts if lines]

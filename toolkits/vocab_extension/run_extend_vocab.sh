@@ -82,5 +82,11 @@ evaluate after "$out/trained" "${layout[@]}"
 step "take it home" "$out/trained-hf" "$command" convert --source "$out/trained" --target "$out/trained-hf"
 
 echo
-echo "== bits per character: before, with new rows but untrained, after"
-grep -H -o '"bits_per_character": [0-9.]*' "$out"/eval-{before,untrained,after}.json
+echo "== bits per character: before; with new rows, untrained; after"
+python3 - "$out" <<'END'
+import json, sys
+
+reports = [json.load(open(f"{sys.argv[1]}/eval-{name}.json"))["rows"] for name in ("before", "untrained", "after")]
+for rows in zip(*reports):
+    print(f"{rows[0]['name']}: " + " -> ".join(f"{row['bits_per_character']:.3f}" for row in rows))
+END
