@@ -155,7 +155,7 @@ def _require_keys(shards: Iterable[Shard], args: PreprocessArgs) -> None:
                 if not error.reason.startswith("no key"):
                     break
                 missing += 1
-                seen.update(readers.json_value(record))
+                seen.update([*readers.json_value(record)])
         else:
             if missing:
                 found = ", ".join(f"{name!r}" for name, _ in seen.most_common(20)) or "none"

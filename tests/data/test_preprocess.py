@@ -129,8 +129,9 @@ def test_skipped_lines_are_told_one_by_one_and_counted(bpe, tmp_path, capsys):
 
 
 def test_a_wrong_key_never_gives_an_empty_dataset(bpe, tmp_path):
-    jsonl(tmp_path / "in.jsonl", TEXTS)
-    with pytest.raises(ValueError, match="'content': none of the first 208 records has it; they have 'text'"):
+    lines = [json.dumps({"text": text, "id": i, "tags": None}) for i, text in enumerate(TEXTS)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="'content': none of the first 208 records has it; they have 'text', 'id'"):
         preprocess(arguments(tmp_path, bpe, json_keys=("content",), on_error="skip"))
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
