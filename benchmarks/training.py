@@ -44,20 +44,20 @@ def ours(args: Args, root: Path) -> Callable[[], float]:
     from megatron_patch.training.arguments import PretrainArgs
     from megatron_patch.training.initialize import initialize
     from megatron_patch.training.loop import train_step
+    from megatron_patch.training.pretraining import Pretraining
     from megatron_patch.training.setup import set_up
 
     initialize()
-    run = set_up(
-        PretrainArgs(
-            load=str(root),
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            global_batch_size=args.micro_batch_size * args.num_microbatches,
-            train_iters=args.steps + 1,
-            lr_decay_style="constant",
-            bf16=args.bf16,
-        )
+    settings = PretrainArgs(
+        load=str(root),
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=args.micro_batch_size * args.num_microbatches,
+        train_iters=args.steps + 1,
+        lr_decay_style="constant",
+        bf16=args.bf16,
     )
+    run = set_up(settings, Pretraining(settings))
     data = _batches(args, run.architecture.vocab_size)
 
     def step() -> float:

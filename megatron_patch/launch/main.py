@@ -13,11 +13,15 @@ import gc
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.metadata import version
 
+from megatron_patch import recipe
 from megatron_patch.launch import light, processes
+
+RECIPE_OPTION = "--config"
+RECIPE_HELP = f"  {RECIPE_OPTION} FILE            take flags from a YAML file, named without dashes; typed ones win\n"
 
 SECONDS_BEHIND_RANK_0 = 2.0
 """How long other ranks wait before they report an error, which mostly is the one that rank 0 reports."""
@@ -30,6 +34,10 @@ class Command:
     help: str
     parallel: bool = False
     """Whether it may run as several processes."""
+    arguments: str = ""
+    """Its dataclass, as module:name in the package, where --config may name a recipe of its flags."""
+    repeats: bool = False
+    """Whether a flag is repeated for each of its values."""
 
 
 COMMANDS = {
@@ -41,10 +49,16 @@ COMMANDS = {
     "merge": Command("join several .bin/.idx datasets into one, and tell the tokens of each"),
     "inspect": Command("what a .bin/.idx dataset holds: sizes, lengths, special tokens, documents as text"),
     "verify-data": Command("prove a .bin/.idx dataset sound: index, sizes, ids, ends of documents"),
+    "sft-data": Command("conversations (jsonl, parquet) -> tokenized samples that fine-tuning reads"),
     "vocab": Command("extend a tokenizer: train, analyze, merge; give the new tokens their rows: init, verify"),
-    "pretrain": Command("pretrain, or continue to pretrain a converted checkpoint", parallel=True),
-    "evaluate": Command("loss and perplexity of a checkpoint on text or indexed data", parallel=True),
-    "generate": Command("continue prompts with a checkpoint", parallel=True),
+    "pretrain": Command(
+        "pretrain, or continue to pretrain a converted checkpoint", True, "training.arguments:PretrainArgs"
+    ),
+    "finetune": Command("fine-tune on conversations, packed into rows", True, "training.arguments:FinetuneArgs"),
+    "evaluate": Command(
+        "loss and perplexity of a checkpoint on text or indexed data", True, "evaluation.arguments:EvaluateArgs"
+    ),
+    "generate": Command("continue prompts with a checkpoint", True, "generation.arguments:GenerateArgs", repeats=True),
 }
 
 
@@ -94,11 +108,25 @@ def _rank() -> str:
     return f" (rank {rank})" if rank else ""
 
 
+def with_recipe(command: Command, argv: list[str]) -> list[str]:
+    """The words of a command, with those of its recipe if there is one."""
+    file, typed = processes.split_option(argv, RECIPE_OPTION) if command.arguments else (None, argv)
+    if file is None:
+        return argv
+    module, _, name = command.arguments.partition(":")
+    dataclass = getattr(import_module(f"megatron_patch.{module}"), name)
+    defaults = {one.name.replace("_", "-"): one.default for one in fields(dataclass)}
+    option = {processes.OPTION.removeprefix("--"): 1} if command.parallel else {}
+    return recipe.expand(file, typed, {**defaults, **option}, repeats=command.repeats)
+
+
 def _run(name: str, argv: list[str]) -> int:
+    argv = with_recipe(COMMANDS[name], argv)
     num_processes, argv = processes.take_option(argv) if COMMANDS[name].parallel else (1, argv)
     module = import_module(f"megatron_patch.launch.{name.replace('-', '_')}")
     if "-h" in argv or "--help" in argv:
         print(processes.HELP if COMMANDS[name].parallel else "", end="")
+        print(RECIPE_HELP if COMMANDS[name].arguments else "", end="")
     elif num_processes > 1:
         if hasattr(module, "check"):
             module.check(argv, num_processes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tyro
 
-from megatron_patch.training.arguments import PretrainArgs, plan
+from megatron_patch.training.arguments import PretrainArgs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(argv: list[str], num_processes: int) -> None:
     """Find a user's mistakes before any process starts."""
-    plan(_parse(argv), num_processes)
+    _parse(argv).plan(num_processes)
 
 
 def _parse(argv: list[str] | None) -> PretrainArgs:

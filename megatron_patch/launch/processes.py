@@ -18,14 +18,18 @@ SECONDS_TO_SAVE = "600"
 
 def take_option(argv: list[str]) -> tuple[int, list[str]]:
     """Splits `argv` into the number of processes asked for and everything else."""
+    value, others = split_option(argv, OPTION)
+    return 1 if value is None else _number(value), others
+
+
+def split_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of an option, spelled `--option VALUE` or `--option=VALUE`, and all other words; None without it."""
     for position, word in enumerate(argv):
         name, equals, value = word.partition("=")
-        if name != OPTION:
-            continue
-        end = position + (1 if equals else 2)
-        value = value if equals else "".join(argv[position + 1 : end])
-        return _number(value), argv[:position] + argv[end:]
-    return 1, argv
+        if name == option:
+            end = position + (1 if equals else 2)
+            return value if equals else "".join(argv[position + 1 : end]), argv[:position] + argv[end:]
+    return None, argv
 
 
 def _number(value: str) -> int:

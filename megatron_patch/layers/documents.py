@@ -1,11 +1,13 @@
 """Documents that share a row without knowing of one another: attention within each, positions from each one's start.
 
-`separate_documents` amends a built GPTModel. Where each token's document starts is read from the token ids and travels
-through the layers in the place of a mask, [B, S] instead of [B, 1, S, S]: a recomputed layer, or one of several
-micro-batches under way in a pipeline, so always meets its own. `attend_documents` gathers documents of like length into
-one batch, padded at their end, where a causal query never looks; no mask is made at all.
+`separate_documents` amends a built GPTModel. Where each token's document starts is read from the token ids, or comes
+with the batch, and travels through the layers in the place of a mask, [B, S] instead of [B, 1, S, S]: a recomputed
+layer, or one of several micro-batches under way in a pipeline, so always meets its own. `attend_documents` gathers
+documents of like length into one batch, padded at their end, where a causal query never looks; no mask is made at all.
+What a row holds behind its last document attends to nothing, and nothing to it.
 
-A document ends with its end-of-document token. It does not know where the ids come from, nor whose documents they are.
+A document ends with its end-of-document token, or where the batch says. It does not know where the ids come from, nor
+whose documents they are.
 
 Shapes: B rows, S tokens, H heads, D head size; N documents of at most L tokens.
 """
@@ -42,11 +44,15 @@ def attend_documents(
 
     Args:
         states_SBHD: queries, keys and values.
-        starts_BS: from `document_starts`, on the host: how much there is to compute depends on it.
+        starts_BS: from `document_starts`, on the host: how much there is to compute depends on it. -1 where there is
+            only padding, behind the documents of a row.
         attend: causal attention over whole rows, [N, H, L, D] each.
 
     Returns:
-        [S, B, H * D].
+        [S, B, H * D]; zeros for padding.
+
+    Raises:
+        ValueError: there is nothing but padding.
     """
     size, batch = states_SBHD[0].shape[:2]
     flat = [states.transpose(0, 1).flatten(0, 1) for states in states_SBHD]
@@ -61,14 +67,18 @@ def attend_documents(
         context = attend(*parts).transpose(1, 2).flatten(0, 1)
         contexts.append(context.index_select(0, real_NL.flatten().nonzero()[:, 0].to(context.device)))
         places.append(index_NL[real_NL])
-    order = torch.cat(places).argsort().to(flat[0].device)
-    return torch.cat(contexts).index_select(0, order).unflatten(0, (batch, size)).transpose(0, 1).flatten(2)
+    found, place = torch.cat(contexts), torch.cat(places).to(flat[0].device)
+    whole = found.new_zeros(batch * size, *found.shape[1:]).index_copy(0, place, found)
+    return whole.unflatten(0, (batch, size)).transpose(0, 1).flatten(2)
 
 
 def _alike(starts_BS: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """First token (in the row-major order of all) and length of the documents, in groups, the longest ones first."""
-    begins = (starts_BS == torch.arange(starts_BS.shape[1])).flatten().nonzero()[:, 0]
-    lengths, order = begins.diff(append=torch.tensor([starts_BS.numel()])).sort(descending=True)
+    is_begin = (starts_BS == torch.arange(starts_BS.shape[1])).flatten()
+    begins, document = is_begin.nonzero()[:, 0], is_begin.cumsum(0) - 1
+    if not len(begins):
+        raise ValueError("rows of padding alone: give each a document, if one of a single token")
+    lengths, order = document[starts_BS.flatten() >= 0].bincount().sort(descending=True)
     begins, first = begins[order], 0
     while first < len(lengths):
         last = int((lengths >= _LIKE * lengths[first]).sum())
@@ -76,31 +86,45 @@ def _alike(starts_BS: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         first = last
 
 
-def separate_documents(model: GPTModel, eod: int, length: int, *, positions: bool, attention: bool) -> None:
+def separate_documents(
+    model: GPTModel,
+    eod: int | None,
+    length: int,
+    *,
+    positions: bool,
+    attention: bool,
+    flags: str = "--reset-position-ids and --reset-attention-mask",
+    instead: str = "leave them out",
+) -> None:
     """Amends a built model.
 
     Args:
-        eod: the token that ends a document.
+        eod: the token that ends a document; None where the model is called with the documents' starts in place of an
+            attention mask: [B, S], as `attend_documents` takes them.
         length: tokens of a row.
         positions: rotary angles follow the position ids that the model is called with, which restart with every
             document (learned position embeddings follow them anyway).
         attention: no token sees another document's.
+        flags: what the user calls this, for messages.
+        instead: what to do where the model cannot.
 
     Raises:
         ValueError: the model cannot do it.
     """
-    problems = [*_shared_problems(model), *(_position_problems(model, length, attention) if positions else [])]
+    problems = [f"{problem}; {instead}" for problem in _shared_problems(model)]
+    problems += _position_problems(model, length, attention) if positions else []
     if problems:
-        raise ValueError("\n".join(problems))
-    model.register_forward_pre_hook(partial(_separate, eod, positions, attention), with_kwargs=True)
+        raise ValueError("\n".join(f"{flags}: {problem}" for problem in problems))
+    hook = partial(_separate, eod, positions, attention)
+    model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _separate(
-    eod: int, positions: bool, attention: bool, model: GPTModel, inputs: tuple[Any, ...], options: dict[str, Any]
+    eod: int | None, positions: bool, attention: bool, model: GPTModel, inputs: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The model's arguments, as a forward pre-hook of it."""
     given = signature(model.forward).bind(*inputs, **options).arguments
-    if attention:
+    if attention and eod is not None:
         if given.get("attention_mask") is not None:
             raise ValueError("attention_mask: documents are told apart by their ids; give None")
         given["attention_mask"] = document_starts(given["input_ids"], eod).cpu()
@@ -110,11 +134,10 @@ def _separate(
 
 
 def _shared_problems(model: GPTModel) -> list[str]:
-    flags = "--reset-position-ids and --reset-attention-mask"
     if hasattr(model, "prefix"):
-        return [f"{flags}: this model reads the beginning of a row as the context of all that follows; leave them out"]
+        return ["this model reads the beginning of a row as the context of all that follows"]
     if model.config.mtp_num_layers:
-        return [f"{flags}: multi-token prediction would reach into the next document; leave them out"]
+        return ["multi-token prediction would reach into the next document"]
     return []
 
 
@@ -125,9 +148,9 @@ def _position_problems(model: GPTModel, length: int, attention: bool) -> list[st
         rope = rotary.rope
         if rope.rope_type in BY_LENGTH and length > rope.max_position_embeddings:
             return [
-                f"--reset-position-ids: rope_type={rope.rope_type!r} turns by the length of the whole row beyond "
+                f"rope_type={rope.rope_type!r} turns by the length of the whole row beyond "
                 f"{rope.max_position_embeddings} tokens; give --seq-length {rope.max_position_embeddings} or less"
             ]
     elif model.position_embedding_type != "learned_absolute" and not attention:
-        return ["--reset-position-ids: this model knows distances only; give --reset-attention-mask as well"]
+        return ["this model knows distances only; give --reset-attention-mask as well"]
     return []

@@ -1,7 +1,7 @@
 """The training loop: from validated arguments to a trained, saved model.
 
-`pretrain` reads top to bottom in the order a run happens. It knows nothing of families: the model comes described, the
-data comes as batches.
+`train` reads top to bottom in the order a run happens. It knows nothing of families: the model comes described, the
+data comes as batches. What it is trained on is the task's: `pretrain` and `finetune` differ in nothing else.
 """
 
 from __future__ import annotations
@@ -21,16 +21,28 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_patch.data.datasets import batches
 from megatron_patch.model import flops_per_token
 from megatron_patch.training import checkpointing
-from megatron_patch.training.arguments import PretrainArgs
+from megatron_patch.training.arguments import FinetuneArgs, PretrainArgs, TrainingArgs
 from megatron_patch.training.checkpointing import Progress
+from megatron_patch.training.finetuning import Finetuning
 from megatron_patch.training.initialize import device, initialize
 from megatron_patch.training.loss import Batch, forward_step
 from megatron_patch.training.metrics import Reporter
 from megatron_patch.training.optimizer import training_dtype
-from megatron_patch.training.setup import Run, load_datasets, set_up
+from megatron_patch.training.pretraining import Pretraining
+from megatron_patch.training.setup import Run, Task, set_up
 
 
 def pretrain(args: PretrainArgs) -> Progress:
+    """Train on indexed datasets; see `train`."""
+    return train(args, Pretraining(args))
+
+
+def finetune(args: FinetuneArgs) -> Progress:
+    """Train on conversations; see `train`."""
+    return train(args, Finetuning(args))
+
+
+def train(args: TrainingArgs, task: Task) -> Progress:
     """Train as `args` say, on this process's part of the work.
 
     Raises:
@@ -44,8 +56,8 @@ def pretrain(args: PretrainArgs) -> Progress:
         seed=args.seed,
         timeout_minutes=args.distributed_timeout_minutes,
     )
-    run = set_up(args)
-    train_data, valid_data = load_datasets(run)
+    run = set_up(args, task)
+    train_data, valid_data = task.datasets(run.plan)
     stop = _StopSignal()
     if dist.get_rank() == 0:
         run.reporter = Reporter(args.save, args.tensorboard_dir, run.progress.iteration, run.plan.train_iters)
@@ -152,12 +164,13 @@ def _mean_loss(sums: torch.Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(run: Run, valid_data: Any) -> float:
-    """Loss per token on the first `eval_iters` global batches of the validation split: the same ones every time."""
+    """Loss per token on the first `eval_iters` global batches of the validation data, or all: the same every time."""
     for chunk in run.model:
         chunk.eval()
-    data = _batches(run, valid_data, 0)
-    sums = _forward_backward(run, data, run.plan.num_microbatches * run.args.eval_iters, forward_only=True)
-    return _mean_loss(sums)
+    data, count = _batches(run, valid_data, 0), len(valid_data) // run.plan.samples_per_process_step
+    if run.args.eval_iters is not None:
+        count = min(count, run.plan.num_microbatches * run.args.eval_iters)
+    return _mean_loss(_forward_backward(run, data, count, forward_only=True))
 
 
 def _evaluate_and_report(run: Run, valid_data: Any) -> None:
@@ -195,7 +208,7 @@ class _Window:
         """Show and forget."""
         loss = _mean_loss(self._sums)
         seconds = (time.monotonic() - self._begin) / self._iterations
-        tokens = self._run.plan.global_batch_size * self._run.args.seq_length / seconds
+        tokens = self._run.plan.global_batch_size * self._run.args.seq_length * self._run.filled / seconds
         values = {
             "loss": loss,
             "grad_norm": self._last.grad_norm,

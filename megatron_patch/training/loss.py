@@ -20,15 +20,21 @@ Batch = dict[str, Tensor]
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, partial]:
     """Run one micro-batch.
 
+    Where the batch tells in `starts` where each token's text begins, attention keeps to that; it stays on the host.
+
     Returns:
         The model's output ([b, s] losses on the last pipeline stage, hidden states before), and the function that
         reduces it.
     """
-    batch = {name: tensor.to(device(), non_blocking=True) for name, tensor in next(batches).items()}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    prefix = getattr(unwrap_model(model), "prefix", None)
-    mask = batch["loss_mask"] if prefix is None else batch["loss_mask"] * prefix.counts_BS
-    return output, partial(masked_loss, mask)
+    batch = next(batches)
+    starts = batch.get("starts")
+    on_device = {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items() if name != "starts"}
+    mask, prefix = on_device["loss_mask"], getattr(unwrap_model(model), "prefix", None)
+    # Multi-token prediction has losses of its own inside of the model, where else every token counts.
+    own = {} if starts is None else {"loss_mask": mask}
+    masking = starts if prefix is None else None  # a model that reads a prefix works its mask out by itself
+    output = model(on_device["tokens"], on_device["position_ids"], masking, labels=on_device["labels"], **own)
+    return output, partial(masked_loss, mask if prefix is None else mask * prefix.counts_BS)
 
 
 def masked_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,11 +45,12 @@ def masked_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     each micro-batch by its own, which then is the same.
 
     Args:
-        mask: [b, s], 1 where a position counts.
+        mask: [b, s], 1 where a position counts. Or else weights, those of each text 1 together: then it is texts that
+            are counted, and the sum is that of their means.
         losses: [b, s].
 
     Returns:
-        The sum, the number of positions (int32), and both as one fp32 vector for logging.
+        The sum, the number of positions or texts (int32), and both as one fp32 vector for logging.
     """
-    total, count = (losses.float() * mask).sum(), mask.sum()
-    return total, count.to(torch.int32), torch.stack((total.detach(), count.float()))
+    total, count = (losses.float() * mask).sum(), mask.sum().round()
+    return total, count.to(torch.int32), torch.stack((total.detach(), count))

@@ -11,15 +11,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_patch.backend.torch_adam import torch_adams
-from megatron_patch.training.arguments import Plan, PretrainArgs
+from megatron_patch.training.arguments import Plan, TrainingArgs
 
 
-def training_dtype(args: PretrainArgs) -> torch.dtype:
+def training_dtype(args: TrainingArgs) -> torch.dtype:
     """The dtype of parameters and activations."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def wrap(model: torch.nn.Module, config: TransformerConfig, args: PretrainArgs) -> DistributedDataParallel:
+def wrap(model: torch.nn.Module, config: TransformerConfig, args: TrainingArgs) -> DistributedDataParallel:
     """The model with fp32 gradient buffers that are reduced over data-parallel processes."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -33,7 +33,7 @@ def wrap(model: torch.nn.Module, config: TransformerConfig, args: PretrainArgs) 
 
 
 def build_optimizer(
-    args: PretrainArgs, plan: Plan, config: TransformerConfig, model: Sequence[DistributedDataParallel]
+    args: TrainingArgs, plan: Plan, config: TransformerConfig, model: Sequence[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW without weight decay of vectors, its schedule (counted in samples), and the hooks the schedules call."""
     optimizer = get_megatron_optimizer(
@@ -73,7 +73,7 @@ def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
             group["fused"] = True
 
 
-def _scheduler(args: PretrainArgs, plan: Plan, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+def _scheduler(args: TrainingArgs, plan: Plan, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -1,4 +1,4 @@
-"""From arguments to a run that is ready to train: model, optimizer, schedule, datasets, and what a checkpoint restores.
+"""From arguments to a run that is ready to train: model, optimizer, schedule, and what a checkpoint restores.
 
 The one part of training that looks up a family, by the config beside the checkpoint, and that loads a tokenizer.
 """
@@ -6,10 +6,11 @@ The one part of training that looks up a family, by the config beside the checkp
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -18,54 +19,77 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_patch.checkpoint import directory as layout
 from megatron_patch.checkpoint.megatron import load_weights
-from megatron_patch.data.datasets import build_datasets, require_eod
 from megatron_patch.family import Architecture
-from megatron_patch.layers.documents import separate_documents
 from megatron_patch.model import build_model, transformer_config
 from megatron_patch.models import family_for
-from megatron_patch.tokenizer import load_tokenizer
+from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 from megatron_patch.training import checkpointing
-from megatron_patch.training.arguments import Plan, PretrainArgs, plan
+from megatron_patch.training.arguments import Plan, TrainingArgs, batching_of
 from megatron_patch.training.checkpointing import Layout, Progress, Trainer
 from megatron_patch.training.initialize import device, seed_everything
 from megatron_patch.training.metrics import Reporter
 from megatron_patch.training.optimizer import build_optimizer, training_dtype, wrap
 
 
+class Task(Protocol):
+    """What is trained on, and what of a run follows from that."""
+
+    settings: Mapping[str, Any]
+    """What it asks of megatron-core's config."""
+
+    begins_anew: bool
+    """Whether nothing but weights is taken of --load."""
+
+    filled: float
+    """Once the data are open: the share of a row that is not padding."""
+
+    def open(self, tokenizer: Tokenizer, vocab_size: int, world_size: int, say: Callable[[str], None]) -> Plan:
+        """Look at the data, as far as the plan depends on them. Every process calls it; one of them has a voice."""
+
+    def amend(self, model: GPTModel) -> None:
+        """Change the built model as the data want it; ValueError if it cannot."""
+
+    def datasets(self, plan: Plan) -> tuple[Any, Any]:
+        """The training data, enough for the whole run, and the validation data or None."""
+
+
 @dataclass
 class Run:
     """Everything one process holds while it trains."""
 
-    args: PretrainArgs
+    args: TrainingArgs
     plan: Plan
     architecture: Architecture
     config: TransformerConfig
     model: list[DistributedDataParallel]
     trainer: Trainer
-    tokenizer_directory: Path
+    filled: float = 1.0
+    """Share of a row that is not padding."""
+
     progress: Progress = field(default_factory=Progress)
     reporter: Reporter | None = None
     """On the one process that reports."""
 
 
-def set_up(args: PretrainArgs) -> Run:
+def set_up(args: TrainingArgs, task: Task) -> Run:
     """Build the model, its optimizer and schedule, and load what there is to load."""
-    derived = plan(args, dist.get_world_size())
     source = _source(args)
     values = layout.read_config(source)
     architecture = family_for(values).describe(values)
-    config = _config(args, architecture)
+    batching_of(args, dist.get_world_size())  # tells what does not fit before data are read
+    config = _config(args, architecture, task)
+    files = layout.huggingface_directory(source) if layout.is_megatron(source) else Path(source)
+    derived = task.open(load_tokenizer(files), architecture.vocab_size, dist.get_world_size(), _voice())
     bare = build_model(architecture, config, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by)
     bare.to(device())
-    files = layout.huggingface_directory(source) if layout.is_megatron(source) else Path(source)
-    _separate_documents(args, bare, files)
-    resumes = _resumes(args, source)
+    task.amend(bare)
+    resumes = _resumes(args, task, source)
     if layout.is_megatron(source) and not resumes:
         load_weights([bare], source)
     model = [wrap(bare, config, args)]
     optimizer, scheduler = build_optimizer(args, derived, config, model)
     trainer = Trainer([bare], optimizer, scheduler, Layout.current(args.use_distributed_optimizer))
-    run = Run(args, derived, architecture, config, model, trainer, files)
+    run = Run(args, derived, architecture, config, model, trainer, task.filled)
     if resumes:
         run.progress = checkpointing.load(layout.latest(source)[0], trainer, with_optimizer=not args.no_load_optim)
     else:
@@ -75,16 +99,11 @@ def set_up(args: PretrainArgs) -> Run:
     return run
 
 
-def _separate_documents(args: PretrainArgs, model: GPTModel, tokenizer_directory: Path) -> None:
-    if not (args.reset_position_ids or args.reset_attention_mask):
-        return
-    tokenizer = load_tokenizer(tokenizer_directory)
-    require_eod(args, tokenizer)
-    flags = {"positions": args.reset_position_ids, "attention": args.reset_attention_mask}
-    separate_documents(model, tokenizer.eod, args.seq_length, **flags)
+def _voice() -> Callable[[str], None]:
+    return partial(print, file=sys.stderr, flush=True) if dist.get_rank() == 0 else lambda line: None
 
 
-def _config(args: PretrainArgs, architecture: Architecture) -> TransformerConfig:
+def _config(args: TrainingArgs, architecture: Architecture, task: Task) -> TransformerConfig:
     if any(architecture.moe_layers) and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ValueError(
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: a model with experts needs "
@@ -98,26 +117,25 @@ def _config(args: PretrainArgs, architecture: Architecture) -> TransformerConfig
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         sequence_parallel=args.sequence_parallel,
-        # Where every position counts, dividing each micro-batch's loss is the same and spares a pass over gradients.
-        calculate_per_token_loss=args.eod_mask_loss,
+        **task.settings,
         **_recompute(args),
     )
 
 
-def _source(args: PretrainArgs) -> str:
+def _source(args: TrainingArgs) -> str:
     # A run that was killed resumes when its command is given again.
     if args.save and layout.is_megatron(args.save):
         return args.save
     return args.load or args.hf_config or ""
 
 
-def _resumes(args: PretrainArgs, source: str) -> bool:
-    # --finetune and --hf-config say how a run begins, not how it goes on.
+def _resumes(args: TrainingArgs, task: Task, source: str) -> bool:
+    # --finetune and --hf-config say how a run begins, not how it goes on; so does `finetune`.
     begun = layout.is_megatron(source) and layout.latest(source)[1] is not None
-    return begun and (source == args.save or not args.finetune)
+    return begun and (source == args.save or not task.begins_anew)
 
 
-def _recompute(args: PretrainArgs) -> dict[str, Any]:
+def _recompute(args: TrainingArgs) -> dict[str, Any]:
     if args.recompute_granularity != "full":
         return {"recompute_granularity": args.recompute_granularity}
     return {
@@ -125,13 +143,3 @@ def _recompute(args: PretrainArgs) -> dict[str, Any]:
         "recompute_method": args.recompute_method,
         "recompute_num_layers": args.recompute_num_layers,
     }
-
-
-def load_datasets(run: Run) -> tuple[Any, Any]:
-    """The training and validation datasets, long enough for the whole run."""
-    args, size = run.args, run.plan.global_batch_size
-    tokenizer = load_tokenizer(run.tokenizer_directory)
-    wanted = (run.plan.train_iters * size, args.eval_iters * size, 0)
-    say = partial(print, file=sys.stderr, flush=True) if dist.get_rank() == 0 else None
-    train, valid, _ = build_datasets(args.data, tokenizer, wanted, run.architecture.vocab_size, say)
-    return train, valid

@@ -46,6 +46,7 @@ def parse(argv: list[str]) -> Any:
     name, *rest = argv
     if name not in command.COMMANDS:
         raise ValueError(f"unknown command {name!r}")
+    rest = command.with_recipe(command.COMMANDS[name], rest)
     if command.COMMANDS[name].parallel:
         _, rest = processes.take_option(rest)
     original, complaint = tyro.cli, io.StringIO()

@@ -222,6 +222,28 @@ def test_each_token_comes_back_to_its_place_and_sees_its_document_alone() -> Non
         assert (document == document[:, :1]).all()
 
 
+def test_padding_behind_the_documents_gets_zeros_and_is_seen_by_nobody() -> None:
+    starts = document_starts(rows(), EOD)
+    starts[0, 20:], starts[3, 8:] = -1, -1
+    states = torch.arange(1.0, starts.numel() + 1).view(len(LENGTHS), LENGTH).T[:, :, None, None]
+    seen: list[torch.Tensor] = []
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        seen.extend((query, key, value))
+        return query
+
+    found = attend_documents((states, states, states), starts, attend)[:, :, 0].T
+    assert torch.equal(found, torch.where(starts < 0, 0, states[:, :, 0, 0].T))
+    padding = states[:, :, 0, 0].T[starts < 0]
+    assert not torch.isin(padding, torch.cat([one.flatten() for one in seen])).any()
+
+
+def test_rows_of_padding_alone_are_refused() -> None:
+    states = torch.zeros(LENGTH, 2, 1, 1)
+    with pytest.raises(ValueError, match="rows of padding alone"):
+        attend_documents((states, states, states), torch.full((2, LENGTH), -1), lambda query, key, value: value)
+
+
 def test_no_more_is_computed_than_documents_of_like_length_need() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 60, (4, 2048), generator=generator)

@@ -1,4 +1,4 @@
-"""Tiny training runs: a converted random Llama, a small indexed dataset, and `pretrain` called in a worker."""
+"""Tiny training runs: a converted random Llama, a small indexed dataset, and a run of either kind in a worker."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.training.arguments import PretrainArgs
+from megatron_patch.training.arguments import FinetuneArgs, PretrainArgs
 from megatron_patch.training.metrics import read_records
 
 VOCAB = 300
@@ -16,17 +16,24 @@ VOCAB = 300
 def make_workplace(place: Path, model: Any = None) -> Path:
     """A directory with hf/ (model, a Llama unless given, and tokenizer), megatron/ (converted) and
     data_text_document.{bin,idx}."""
-    from megatron_patch.checkpoint.convert import convert
     from tests.tiny import hf_llama
 
     (model or hf_llama(vocab_size=VOCAB, tie_word_embeddings=True)).save_pretrained(place / "hf")
-    _tokenizer().save_pretrained(place / "hf")
-    convert(str(place / "hf"), str(place / "megatron"))
     _dataset(place / "data_text_document")
+    return convert_workplace(place)
+
+
+def convert_workplace(place: Path) -> Path:
+    """Adds a tokenizer to hf/, and megatron/."""
+    from megatron_patch.checkpoint.convert import convert
+
+    make_tokenizer().save_pretrained(place / "hf")
+    convert(str(place / "hf"), str(place / "megatron"))
     return place
 
 
-def _tokenizer() -> Any:
+def make_tokenizer() -> Any:
+    """Bytes and a few merges, with </s> to end a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -72,12 +79,17 @@ def arguments(place: Path, save: Path | None, **changes: Any) -> PretrainArgs:
     return replace(base, **changes)
 
 
-def train(rank: int, world_size: int, args: PretrainArgs) -> int:
-    """For the worker pool: `pretrain`, and the iteration it reached."""
-    from megatron_patch.training.loop import pretrain
-
+def train(rank: int, world_size: int, args: PretrainArgs | FinetuneArgs) -> int:
+    """For the worker pool: `pretrain` or `finetune`, and the iteration it reached."""
     args.validate()
-    return pretrain(args).iteration
+    return start(args)
+
+
+def start(args: PretrainArgs | FinetuneArgs) -> int:
+    """The run that the arguments are meant for."""
+    from megatron_patch.training import loop
+
+    return (loop.finetune if isinstance(args, FinetuneArgs) else loop.pretrain)(args).iteration
 
 
 def curve(save: Path, name: str) -> list[float]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from megatron_patch.training.arguments import plan
 from tests.tiny import hf_moe
 from tests.training.runs import VOCAB, arguments, curve, make_workplace, train
 
@@ -103,9 +102,9 @@ def test_sizes_that_make_no_sense_are_refused_by_name(changes: dict[str, Any], m
 
 def test_experts_that_the_processes_cannot_share_are_refused_with_the_choices(mixtral: Path) -> None:
     args = arguments(mixtral, None, expert_model_parallel_size=4)
-    assert plan(args, 4).data_parallel_size == 4
+    assert args.plan(4).data_parallel_size == 4
     message = "--expert-model-parallel-size 4 x --expert-tensor-parallel-size 1 must divide .* = 2; choose .* 1 or 2"
     with pytest.raises(ValueError, match=message):
-        plan(args, 2)
+        args.plan(2)
     with pytest.raises(ValueError, match="= 2; choose .* 1 and a smaller --expert-tensor-parallel-size"):
-        plan(replace(args, expert_model_parallel_size=1, expert_tensor_parallel_size=4), 2)
+        replace(args, expert_model_parallel_size=1, expert_tensor_parallel_size=4).plan(2)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_patch.checkpoint.directory import latest
-from tests.training.runs import arguments, curve, train
+from tests.training.runs import arguments, curve, start, train
 
 CURVES = ("loss", "grad_norm", "lr", "validation_loss")
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -30,7 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def stop_at(rank: int, world_size: int, args: Any, iteration: int) -> int:
-    """For the worker pool: `pretrain` that gets SIGTERM during an iteration."""
+    """For the worker pool: a run that gets SIGTERM during an iteration."""
     from megatron_patch.training import loop
 
     original, calls = loop.train_step, []
@@ -43,7 +43,7 @@ def stop_at(rank: int, world_size: int, args: Any, iteration: int) -> int:
 
     loop.train_step = step
     try:
-        return loop.pretrain(args).iteration
+        return start(args)
     finally:
         loop.train_step = original
 

@@ -1,0 +1,17 @@
+#!/bin/sh
+# DeepSeek-V2: pretrains on indexed data, from a checkpoint or from random weights.
+#
+#   sh run_pretrain_deepseek.sh dsw A2.4B 1 8 1e-5 1e-6 2048 80 bf16 1 1 1 sel true true false 1000 datasets/wudao_text_document ckpts/deepseek_v2-A2.4B 100000000 1000000 output
+#   sh run_pretrain_deepseek.sh dsw A2.4B 1 8 1e-5 1e-6 2048 80 bf16 1 1 1 sel true true false false 1000 datasets/wudao_text_document ckpts/deepseek_v2-A2.4B 100000000 1000000 output
+#
+# Order pretrain-ep, 22 arguments:
+#   ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR SEQ_LEN PAD_LEN PR TP PP EP AC DO FL SP
+#   SAVE_INTERVAL DATASET_PATH PRETRAIN_CHECKPOINT_PATH TRAIN_TOKENS WARMUP_TOKENS OUTPUT_BASEPATH
+#
+# Order pretrain-ep-te, 23 arguments:
+#   ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR SEQ_LEN PAD_LEN PR TP PP EP AC DO FL SP TE
+#   SAVE_INTERVAL DATASET_PATH PRETRAIN_CHECKPOINT_PATH TRAIN_TOKENS WARMUP_TOKENS OUTPUT_BASEPATH
+#
+# --dry-run behind the arguments: show what they mean and the command, and stop.
+. "$(dirname -- "$(readlink -f -- "$0")")/../common.sh"
+launch pretrain-ep,pretrain-ep-te "$@"

@@ -1,0 +1,12 @@
+#!/bin/sh
+# StarCoder: continues the prompts of a file.
+#
+#   sh run_text_generation_megatron_starcoder.sh dsw none ../.. ckpts/starcoder-16B 16B 1 1 2048 80 bf16 10 512 512 datasets/prompts.jsonl output.jsonl 0 1.0 1.2
+#
+# Order generate-starcoder-2023, 18 arguments:
+#   ENV MEGATRON_PATH MEGATRON_PATCH_PATH CHECKPOINT_PATH MODEL_SIZE TP BS SEQ_LEN PAD_LEN PR TOP_K
+#   INPUT_SEQ_LEN OUTPUT_SEQ_LEN INPUT_FILE OUTPUT_FILE TOP_P TEMPERATURE REPETITION_PENALTY
+#
+# --dry-run behind the arguments: show what they mean and the command, and stop.
+. "$(dirname -- "$(readlink -f -- "$0")")/../common.sh"
+launch generate-starcoder-2023 "$@"
