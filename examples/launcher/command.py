@@ -50,6 +50,8 @@ _CHOICES = {
 }
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _TRAINING = ("pretrain", "finetune")
+_ANY_FORMAT = (*_TRAINING, "evaluate")
+"""What reads Hugging Face directories and legacy files, too."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def _checkpoint(draft: _Draft) -> None:
     draft.effects["HF_CONFIG"] = f"not needed: {draft.order.name('checkpoint')} is a checkpoint with its own config"
     if path == NONE:
         _from_scratch(draft)
-    elif directory.is_huggingface(path) and draft.kind != "evaluate":
+    elif directory.is_huggingface(path) and draft.kind not in _ANY_FORMAT:
         draft.refuse("checkpoint", f"a Hugging Face directory; convert it first: {_conversion(path)}")
     elif not directory.is_huggingface(path) and not directory.is_megatron(path):
         draft.refuse("checkpoint", "no Megatron checkpoint (latest_checkpointed_iteration.txt is missing)")
@@ -272,7 +274,7 @@ def _megatron_checkpoint(draft: _Draft, path: str) -> None:
     except ValueError as error:
         draft.refuse("checkpoint", str(error))
         return
-    if directory.is_legacy(iteration_directory) and draft.kind != "evaluate":
+    if directory.is_legacy(iteration_directory) and draft.kind not in _ANY_FORMAT:
         why = f"legacy files (mp_rank_XX) fit one layout only; make a torch_dist of them, once: {_conversion(path)}"
         draft.refuse("checkpoint", why)
     elif not directory.carries_config(path) and not directory.carries_config(iteration_directory):

@@ -131,7 +131,7 @@ class RunArgs:
     """Where to start, how long, what to keep and what to say."""
 
     load: str | None = None
-    """Checkpoint to start from: what `convert` wrote, or the --save of another run."""
+    """Checkpoint to start from: what `convert` wrote, the --save of another run, or a Hugging Face directory."""
     hf_config: str | None = None
     """Start from random weights instead: a Hugging Face directory with config.json and tokenizer."""
     save: str | None = None

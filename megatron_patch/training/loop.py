@@ -29,7 +29,7 @@ from megatron_patch.training.loss import Batch, forward_step
 from megatron_patch.training.metrics import Reporter
 from megatron_patch.training.optimizer import training_dtype
 from megatron_patch.training.pretraining import Pretraining
-from megatron_patch.training.setup import Run, Task, set_up
+from megatron_patch.training.setup import Run, Task, beginning, set_up
 
 
 def pretrain(args: PretrainArgs) -> Progress:
@@ -48,6 +48,7 @@ def train(args: TrainingArgs, task: Task) -> Progress:
     Raises:
         ValueError: the arguments do not fit the model, the data or the number of processes.
     """
+    opened = beginning(args)
     initialize(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
@@ -56,7 +57,7 @@ def train(args: TrainingArgs, task: Task) -> Progress:
         seed=args.seed,
         timeout_minutes=args.distributed_timeout_minutes,
     )
-    run = set_up(args, task)
+    run = set_up(args, task, opened)
     train_data, valid_data = task.datasets(run.plan)
     stop = _StopSignal()
     if dist.get_rank() == 0:

@@ -18,7 +18,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_patch.checkpoint import directory as layout
+from megatron_patch.checkpoint.filling import fill
+from megatron_patch.checkpoint.formats import Source
 from megatron_patch.checkpoint.megatron import load_weights
+from megatron_patch.checkpoint.opening import open_source
 from megatron_patch.family import Architecture
 from megatron_patch.model import build_model, transformer_config
 from megatron_patch.models import family_for
@@ -71,8 +74,12 @@ class Run:
     """On the one process that reports."""
 
 
-def set_up(args: TrainingArgs, task: Task) -> Run:
-    """Build the model, its optimizer and schedule, and load what there is to load."""
+def set_up(args: TrainingArgs, task: Task, opened: Source | None = None) -> Run:
+    """Build the model, its optimizer and schedule, and load what there is to load.
+
+    Args:
+        opened: what `beginning` gave.
+    """
     source = _source(args)
     values = layout.read_config(source)
     architecture = family_for(values).describe(values)
@@ -84,8 +91,8 @@ def set_up(args: TrainingArgs, task: Task) -> Run:
     bare.to(device())
     task.amend(bare)
     resumes = _resumes(args, task, source)
-    if layout.is_megatron(source) and not resumes:
-        load_weights([bare], source)
+    if not resumes:
+        _load(bare, source, opened)
     model = [wrap(bare, config, args)]
     optimizer, scheduler = build_optimizer(args, derived, config, model)
     trainer = Trainer([bare], optimizer, scheduler, Layout.current(args.use_distributed_optimizer))
@@ -97,6 +104,35 @@ def set_up(args: TrainingArgs, task: Task) -> Run:
     if args.save and dist.get_rank() == 0:
         layout.carry_huggingface(source, args.save)
     return run
+
+
+def beginning(args: TrainingArgs) -> Source | None:
+    """Where the weights come from, if megatron-core cannot load them at any layout: Hugging Face or legacy files.
+
+    Called before the parallel state is there: describing a model makes one of its own.
+    """
+    source = _source(args)
+    if source == args.hf_config or _is_torch_dist(source):
+        return None
+    return open_source(source)
+
+
+def _is_torch_dist(source: str) -> bool:
+    return layout.is_megatron(source) and not layout.is_legacy(layout.locate(source)[1])
+
+
+def _load(model: GPTModel, source: str, opened: Source | None) -> None:
+    """The weights to begin with; with --hf-config the random ones stay."""
+    if opened is None:
+        if layout.is_megatron(source):
+            load_weights([model], source)
+        return
+    if model.config.mtp_num_layers:
+        raise ValueError(
+            f"--load {source}: layers that predict further tokens are read from torch_dist alone; "
+            f"megatron-patch convert --source {source} --target CHECKPOINT"
+        )
+    fill([model], opened)
 
 
 def _voice() -> Callable[[str], None]:

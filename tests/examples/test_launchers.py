@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -295,7 +296,7 @@ def test_moonlights_two_orders_differ_by_an_argument(place: Path, capsys) -> Non
 # ---------------------------------------------------------------------------------------------------- wrong invocations
 
 AT_LEAST_1, AT_LEAST_0 = (f"must be a whole number of at least {least}" for least in (1, 0))
-BOOL, HF = "choose true or false", "megatron-patch convert --source hf --target hf-torch_dist"
+BOOL = "choose true or false"
 WRONG_VALUES = [
     ("ENV", "k8s", "choose dsw, dlc, slurm or cpu"),
     ("MEGATRON_PATCH_PATH", "datasets", "must be a directory with megatron_patch/ in it, or none"),
@@ -324,8 +325,7 @@ WRONG_VALUES = [
     ("DATASET_PATH", "0.5 datasets/wudao_text_document datasets/english_text_document", "must be the prefix of"),
     ("PRETRAIN_CHECKPOINT_PATH", "gone", "must be a directory that exists, or none"),
     ("PRETRAIN_CHECKPOINT_PATH", "datasets", "no Megatron checkpoint (latest_checkpointed_iteration.txt is missing)"),
-    ("PRETRAIN_CHECKPOINT_PATH", "hf", f"a Hugging Face directory; convert it first: {HF}"),
-    ("PRETRAIN_CHECKPOINT_PATH", "legacy", "legacy files (mp_rank_XX) fit one layout only; make a torch_dist of them"),
+    ("PRETRAIN_CHECKPOINT_PATH", "legacy", "does not say what model it is: put config.json and the tokenizer into leg"),
     ("PRETRAIN_CHECKPOINT_PATH", "torn", "the checkpoint directory torn/iter_0000007 does not exist"),
     ("PRETRAIN_CHECKPOINT_PATH", "bare", "does not say what model it is: put config.json and the tokenizer into bare/"),
     ("PRETRAIN_CHECKPOINT_PATH", "none", "random weights need the environment variable HF_CONFIG: a directory with"),
@@ -341,8 +341,6 @@ WRONG_VALUES = [
 def test_a_wrong_value_is_named_with_its_number_and_rule(
     name: str, value: str, rule: str, place: Path, capsys: Any
 ) -> None:
-    (place / "hf").mkdir()
-    (place / "hf/config.json").write_text("{}")
     (place / "legacy/release/mp_rank_00").mkdir(parents=True)
     (place / "legacy/latest_checkpointed_iteration.txt").write_text("release")
     (checkpoint(place / "torn") / "latest_checkpointed_iteration.txt").write_text("7")
@@ -354,6 +352,19 @@ def test_a_wrong_value_is_named_with_its_number_and_rule(
     (number,) = [one.number for one in ORDERS["pretrain"].arguments if one.name == name]
     message = f"launch.py pretrain,pretrain-2023: error: argument {number} {name}={value!r}: {rule}"
     assert message in captured.err and "$ megatron-patch" not in captured.out
+
+
+@pytest.mark.parametrize("form", ["hugging face", "legacy"])
+def test_training_begins_with_checkpoints_of_every_format(form: str, place: Path, capsys: Any) -> None:
+    source = checkpoint(place / "source")
+    if form == "hugging face":
+        source = source / "huggingface"
+    else:
+        shutil.rmtree(source / "release", ignore_errors=True)
+        (source / "release/mp_rank_00").mkdir(parents=True)
+    path = str(source.relative_to(place))
+    assert call("pretrain,pretrain-2023", [*changed(PRETRAIN, PRETRAIN_CHECKPOINT_PATH=path), "--dry-run"]) == 0
+    assert f"--load {path} " in capsys.readouterr().out
 
 
 WRONG_IN_OTHER_ORDERS = [

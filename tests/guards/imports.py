@@ -80,7 +80,17 @@ RULES = {
         may=("data.arguments", "data.sft.arguments"), never=("torch", "megatron", "transformers", *_COMMAND_LINE)
     ),
     "training": Rule(
-        may=("data", "model", "layers", "backend", "family", "checkpoint.directory", "checkpoint.megatron"),
+        may=(
+            "data",
+            "model",
+            "layers",
+            "backend",
+            "family",
+            "checkpoint.directory",
+            "checkpoint.megatron",
+            "checkpoint.filling",
+            "checkpoint.opening",
+        ),
         never=("transformers", "safetensors", *_COMMAND_LINE),
     ),
     "recipe": Rule(never=("torch", "megatron", "transformers", "numpy", *_COMMAND_LINE)),
