@@ -89,6 +89,7 @@ RULES = {
             "checkpoint.directory",
             "checkpoint.megatron",
             "checkpoint.filling",
+            "checkpoint.formats",
             "checkpoint.opening",
         ),
         never=("transformers", "safetensors", *_COMMAND_LINE),
