@@ -16,13 +16,14 @@ import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_patch.data import preprocess as module
-from megatron_patch.data import shards, tokenizing
+from megatron_patch.data import shards, tokenizing, workers
 from megatron_patch.data.preprocess import preprocess
 from megatron_patch.data.readers import DamagedInput
 from megatron_patch.launch.preprocess import main
 from megatron_patch.tokenizer import load_tokenizer
 from megatron_patch.tokenizer.engines import EngineMismatch
 from tests.data.test_preprocess import TEXTS, arguments, command, contents, jsonl, reference
+from tests.tokenizer import make
 
 LONG = "天气很好 " * 300_000
 """A line of some 4 MB."""
@@ -82,9 +83,9 @@ def test_the_line_at_which_a_run_stops_is_the_first_bad_one_whoever_finds_it(bpe
     raw = [line(text) for text in TEXTS]
     raw[120] = raw[190] = b"{"
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(raw))
-    for workers in (1, 3):
+    for count in (1, 3):
         with pytest.raises(DamagedInput, match=r"in.jsonl:121: broken JSON"):
-            preprocess(arguments(tmp_path, bpe, workers=workers))
+            preprocess(arguments(tmp_path, bpe, workers=count))
     report = preprocess(arguments(tmp_path, bpe, on_error="skip", max_errors="2"))
     assert report.resumed > 0, "what was finished is not done again"
     expected = [text for number, text in enumerate(TEXTS) if number not in (120, 190)]
@@ -303,3 +304,24 @@ def test_an_engine_that_errs_in_the_middle_is_replaced_loudly(bpe, tmp_path, mon
     assert contents(report.prefix) == reference(bpe, TEXTS, f"{tmp_path}/reference", False)
     with pytest.raises(ValueError, match="tiktoken gives other ids"):
         preprocess(arguments(tmp_path, bpe, engine="tiktoken", overwrite=True))
+
+
+def test_shards_of_another_tokenizer_are_never_mixed_in(bpe, tmp_path, monkeypatch):
+    unfinished(tmp_path, bpe, monkeypatch, engine="hf")
+    other = make.byte_bpe(tmp_path / "other", pad_token="<|pad|>")
+    with pytest.raises(ValueError, match="run with other settings .*tokenizer: "):
+        preprocess(arguments(tmp_path, other, on_error="skip", engine="hf", max_errors="1"))
+
+
+def test_reports_are_taken_in_the_order_of_the_shards_whichever_is_finished_first(tmp_path):
+    taken: list[int] = []
+
+    class Watching:
+        def take(self, report: tokenizing.ShardReport) -> None:
+            taken.append(report.number)
+
+    crew = object.__new__(workers._Crew)
+    crew._ledger, crew._ready, crew._next = Watching(), {}, 0
+    for number, expected in ((2, []), (0, [0]), (3, [0]), (1, [0, 1, 2, 3])):
+        crew._take(tokenizing.ShardReport(number))
+        assert taken == expected
