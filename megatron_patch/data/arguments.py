@@ -40,8 +40,68 @@ def _shares_problem(text: str) -> str:
     return f"--split {text}: give up to three shares of train,valid,test, not all 0, as in 99,1,0"
 
 
-@dataclass(frozen=True)
-class SourceArgs:
+@dataclass(frozen=True, kw_only=True)
+class RecordArgs:
+    """How a command goes through many records: in how many processes, past bad ones, and on from where it stopped."""
+
+    output_prefix: str
+    """Where to write."""
+    workers: int = 1
+    """Number of processes that tokenize. The output does not depend on it."""
+    on_error: Literal["stop", "skip", "quarantine"] = "stop"
+    """What to do at a record that is not what it should be: stop; leave it out and count it; or also keep it, with
+    file, line and reason, in PREFIX.quarantine.jsonl."""
+    max_errors: str = "1%"
+    """With --on-error skip or quarantine: write nothing and exit with code 3 if more records than this are bad, a
+    number or a percentage of all. What was tokenized is kept: run again with a higher limit."""
+    resume: Literal["auto", "never"] = "auto"
+    """Whether to go on from what a killed or failed run with the same settings left in PREFIX.partial."""
+    overwrite: bool = False
+    """Replace what is there under the same name."""
+    log_interval: int = 10_000
+    """Documents or samples between two progress lines when the output is not a terminal."""
+    trust_remote_code: bool = False
+    """Let transformers run Python code that lies in the tokenizer's directory."""
+    json: str | None = None
+    """Also write the report to this file."""
+
+    @property
+    def partial_directory(self) -> Path:
+        """Where the finished part of a run lies until it is whole."""
+        return Path(f"{self.output_prefix}.partial")
+
+    @property
+    def quarantine_path(self) -> Path:
+        """Where bad records go."""
+        return Path(f"{self.output_prefix}.quarantine.jsonl")
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run is to go on that had leave to write here; it may have got as far as the first of its files."""
+        return self.resume == "auto" and (self.partial_directory / SETTINGS).is_file()
+
+    def record_problems(self) -> list[str]:
+        """Everything that is wrong with these arguments."""
+        problems = [
+            f"{_flag(name)} {getattr(self, name)}: must be at least 1"
+            for name in ("workers", "log_interval")
+            if getattr(self, name) < 1
+        ]
+        try:
+            parse_limit(self.max_errors)
+        except ValueError as error:
+            problems.append(f"--max-errors {error}")
+        if self.on_error == "stop" and self.max_errors != RecordArgs.max_errors:
+            problems.append(f"--max-errors {self.max_errors} has no effect without --on-error skip or quarantine")
+        if self.json and not Path(self.json).parent.is_dir():
+            problems.append(f"--json {self.json}: there is no directory {Path(self.json).parent}")
+        if Path(self.output_prefix).name in ("", ".", "..") or self.output_prefix.endswith("/"):
+            problems.append(f"--output-prefix {self.output_prefix!r}: must end in the first part of a file name")
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceArgs(RecordArgs):
     """Text, a tokenizer and a place to write."""
 
     input: tuple[str, ...]
@@ -58,8 +118,6 @@ class SourceArgs:
     with a line end between them."""
     txt_document: Literal["file", "line", "paragraph"] = "file"
     """What makes a document in a .txt file: the whole file, each line, or each block between blank lines."""
-    workers: int = 1
-    """Number of processes that tokenize. The output does not depend on it."""
     engine: Literal["auto", "fastokens", "gigatoken", "tiktoken", "sentencepiece", "hf"] = "auto"
     """What tokenizes. auto: the fastest that is installed and proves equal to transformers (hf) on this tokenizer, with
     the first documents and texts that are made to be hard; pip install megatron-patch[engines]."""
@@ -68,38 +126,14 @@ class SourceArgs:
     documents run into one another unmarked."""
     max_doc_tokens: int | None = None
     """Cut longer documents into several of at most so many tokens, each with its own end under --append-eod."""
-    on_error: Literal["stop", "skip", "quarantine"] = "stop"
-    """What to do at a record that is no document: stop; leave it out and count it; or also keep it, with file, line and
-    reason, in PREFIX.quarantine.jsonl."""
-    max_errors: str = "1%"
-    """With --on-error skip or quarantine: write no dataset and exit with code 3 if more records than this are bad, a
-    number or a percentage of all. What was tokenized is kept: run again with a higher limit."""
-    resume: Literal["auto", "never"] = "auto"
-    """Whether to go on from what a killed or failed run with the same settings left in PREFIX.partial."""
-    overwrite: bool = False
-    """Replace an existing dataset of the same name."""
-    log_interval: int = 10_000
-    """Documents between two progress lines when the output is not a terminal."""
-    trust_remote_code: bool = False
-    """Let transformers run Python code that lies in the tokenizer's directory."""
-    json: str | None = None
-    """Also write the report to this file."""
-
-    @property
-    def partial_directory(self) -> Path:
-        """Where the finished part of a run lies until it is whole."""
-        return Path(f"{self.output_prefix}.partial")
-
-    @property
-    def quarantine_path(self) -> Path:
-        """Where bad records go."""
-        return Path(f"{self.output_prefix}.quarantine.jsonl")
 
     def source_problems(self) -> list[str]:
         """Everything that is wrong with these arguments, as far as it can be known before reading."""
         from megatron_patch.data.readers import expand_inputs
 
-        problems = [*self._number_problems()]
+        problems = self.record_problems()
+        if self.max_doc_tokens is not None and self.max_doc_tokens < 2:
+            problems.append(f"--max-doc-tokens {self.max_doc_tokens}: must be at least 2")
         for key in self.json_keys:
             if not key or "/" in key or self.json_keys.count(key) > 1:
                 problems.append(
@@ -109,28 +143,10 @@ class SourceArgs:
             problems.append("--json-keys: give at least one key")
         if not Path(self.tokenizer_model).is_dir():
             problems.append(f"--tokenizer-model {self.tokenizer_model!r}: no such directory")
-        if self.json and not Path(self.json).parent.is_dir():
-            problems.append(f"--json {self.json}: there is no directory {Path(self.json).parent}")
         try:
             expand_inputs(self.input, stdin=True)
         except ValueError as error:
             problems.append(f"--input: {error}")
-        return problems
-
-    def _number_problems(self) -> list[str]:
-        problems = []
-        if self.workers < 1:
-            problems.append(f"--workers {self.workers}: at least 1 process must tokenize")
-        if self.log_interval < 1:
-            problems.append(f"--log-interval {self.log_interval}: must be at least 1 document")
-        if self.max_doc_tokens is not None and self.max_doc_tokens < 2:
-            problems.append(f"--max-doc-tokens {self.max_doc_tokens}: must be at least 2")
-        try:
-            parse_limit(self.max_errors)
-        except ValueError as error:
-            problems.append(f"--max-errors {error}")
-        if self.on_error == "stop" and self.max_errors != SourceArgs.max_errors:
-            problems.append(f"--max-errors {self.max_errors} has no effect without --on-error skip or quarantine")
         return problems
 
 
@@ -274,7 +290,7 @@ class DedupArgs:
         return []
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreprocessArgs(DedupArgs, CleaningArgs, OrderArgs, SourceArgs):
     """Turn text into megatron-core's indexed dataset (.bin and .idx) with a Hugging Face tokenizer.
 
@@ -292,10 +308,8 @@ class PreprocessArgs(DedupArgs, CleaningArgs, OrderArgs, SourceArgs):
         raise_problems([*problems, *self._output_problems()])
 
     def _output_problems(self) -> list[str]:
-        if Path(self.output_prefix).name in ("", ".", "..") or self.output_prefix.endswith("/"):
-            return [f"--output-prefix {self.output_prefix!r}: must end in the first part of a file name"]
-        if (self.partial_directory / SETTINGS).is_file() and self.resume == "auto":
-            return []  # the run that began it had leave to write here; it may have got as far as the first dataset
+        if self.is_begun:
+            return []
         splits = [name for name, share in zip(SPLITS, self.shares, strict=False) if share] or [""]
         prefixes = [self.dataset_prefix(key, split) for key in self.json_keys for split in splits]
         paths = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".bin", ".idx")]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_patch.data.indexed import CODES, DTYPES, HEADER, MAGIC
+from megatron_patch.data.indexed import CODES, HEADER, MAGIC, read_head
 
 _CHUNK = 1 << 20
 """Entries of an index that are in memory at a time."""
@@ -84,14 +84,7 @@ class IndexFile:
 def open_index(prefix: str) -> IndexFile:
     """Opens PREFIX.idx; ValueError if it is no index, of no known kind, of no document, or cut off."""
     path = f"{prefix}.idx"
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(HEADER.size)
-    if len(head) < HEADER.size or not head.startswith(MAGIC):
-        raise ValueError(f"{path} is not the index of a megatron-core dataset")
-    _, version, code, sequences, marks = HEADER.unpack(head)
-    if version != 1 or code not in DTYPES:
-        raise ValueError(f"{path}: version {version} and token type {code}; known are version 1, types {[*DTYPES]}")
+    size, (dtype, sequences, marks) = os.path.getsize(path), read_head(path)
     if not sequences or marks < 2:
         raise ValueError(f"{path} holds no document")
     expected = HEADER.size + 12 * sequences + 8 * marks
@@ -100,7 +93,7 @@ def open_index(prefix: str) -> IndexFile:
             f"{path} has {size} bytes where {sequences} sequences and {marks - 1} documents need {expected} "
             f"(or {expected + sequences} with modes)"
         )
-    return _sections(prefix, np.dtype(DTYPES[code]), sequences, marks, size > expected)
+    return _sections(prefix, dtype, sequences, marks, size > expected)
 
 
 def _sections(prefix: str, dtype: np.dtype, sequences: int, marks: int, with_modes: bool) -> IndexFile:

@@ -105,6 +105,20 @@ def sync(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file under a temporary name, which takes the place of `path` when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            sync(file)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def publish(prefix: str, bin_tmp: Path, idx_tmp: Path) -> None:
     """Puts the finished files in place of any older ones.
 
@@ -137,23 +151,28 @@ class IndexInfo:
         return int(self.lengths.sum(dtype=np.int64))
 
 
-def read_index(prefix: str) -> IndexInfo:
-    """Reads PREFIX.idx and checks it, and the size of PREFIX.bin, which megatron-core does not look at."""
-    path = f"{prefix}.idx"
-    size = os.path.getsize(path)
+def read_head(path: str) -> tuple[np.dtype, int, int]:
+    """(type of a token id, number of sequences, number of marks) of an .idx file; ValueError if it is none."""
     with open(path, "rb") as file:
         head = file.read(HEADER.size)
     if len(head) < HEADER.size or not head.startswith(MAGIC):
         raise ValueError(f"{path} is not the index of a megatron-core dataset")
     _, version, code, sequences, marks = HEADER.unpack(head)
     if version != 1 or code not in DTYPES:
-        raise ValueError(f"{path}: unknown version {version} or token type {code}")
+        raise ValueError(f"{path}: version {version} and token type {code}; known are version 1, types {[*DTYPES]}")
+    return np.dtype(DTYPES[code]), sequences, marks
+
+
+def read_index(prefix: str) -> IndexInfo:
+    """Reads PREFIX.idx and checks it, and the size of PREFIX.bin, which megatron-core does not look at."""
+    path = f"{prefix}.idx"
+    size, (dtype, sequences, marks) = os.path.getsize(path), read_head(path)
     if size < HEADER.size + 12 * sequences + 8 * marks:
         raise ValueError(f"{path} is truncated: {size} bytes are too few for {sequences} sequences")
     if sequences == 0:
         raise ValueError(f"dataset {prefix} holds no document")
     lengths = np.memmap(path, np.int32, "r", offset=HEADER.size, shape=(sequences,))
-    info = IndexInfo(np.dtype(DTYPES[code]), lengths)
+    info = IndexInfo(dtype, lengths)
     expected, actual = info.num_tokens * info.dtype.itemsize, os.path.getsize(f"{prefix}.bin")
     if expected != actual:
         raise ValueError(f"{prefix}.bin has {actual} bytes where {path} says {expected}: truncated, or not a pair")

@@ -7,7 +7,6 @@ run stops do not depend on the number of workers. It does not know processes, to
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from typing import Literal, Protocol
 from tqdm import tqdm
 
 from megatron_patch.data.arguments import parse_limit
+from megatron_patch.data.indexed import replacing
 from megatron_patch.data.readers import DamagedInput
 from megatron_patch.data.tokenizing import MESSAGES, Bad, ShardReport, quarantine_file
 
@@ -56,7 +56,8 @@ class Ledger:
         self._args, self._directory, self._command = args, directory, command
         self._limit = parse_limit(args.max_errors)
         self._total = total_bytes
-        self.records = self.bad = self.resumed = 0
+        self.records = self.resumed = 0
+        self.bad: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
         self.changed: Counter[str] = Counter()
         self.shards: list[int] = []
@@ -83,7 +84,8 @@ class Ledger:
     def take(self, report: ShardReport) -> None:
         """Takes the next shard's report. Raises DamagedInput or TooManyErrors if the run must end here."""
         bases = {message.path: self._lines[message.path] for message in report.messages}
-        if report.stopped:
+        # A run under another --on-error may have finished a shard with bad records in it.
+        if report.bad and self._args.on_error == "stop":
             raise DamagedInput(
                 f"{_moved(report.messages[0], bases)} (--on-error skip goes on without such records, quarantine also "
                 "keeps them in a file; what is finished will not be done again)"
@@ -114,11 +116,12 @@ class Ledger:
 
     def require_few_errors(self) -> None:
         """Raises TooManyErrors if more records are bad than --max-errors allows."""
-        if self._limit.is_exceeded(self.bad, self.records):
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common(5))
+        bad = self.bad.total()
+        if self._limit.is_exceeded(bad, self.records):
+            reasons = _listed(self.bad)
             path = self.publish_quarantine()
             raise TooManyErrors(
-                f"{self.bad} of {self.records} records are bad, more than --max-errors {self._args.max_errors} "
+                f"{bad} of {self.records} records are bad, more than --max-errors {self._args.max_errors} "
                 f"({reasons}){f'; they are in {path}' if path else ''}. Nothing is written; what was tokenized is "
                 "kept: mend the input, or run again with a higher --max-errors"
             )
@@ -126,7 +129,7 @@ class Ledger:
     def require_documents(self, key: str, documents: int) -> None:
         """Raises NoDocuments if there is none to write."""
         if not documents:
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common())
+            reasons = _listed(self.skipped)
             of = f" with key {key!r}" if len(self._args.json_keys) > 1 else ""
             inputs = ", ".join(self._args.input)
             raise NoDocuments(f"no document{of} in {inputs} ({reasons or 'the files are empty'}): nothing written")
@@ -134,18 +137,17 @@ class Ledger:
     def publish_quarantine(self) -> str | None:
         """Writes the bad records of all shards so far into one file, if that was asked for; returns its path."""
         path = self._args.quarantine_path
-        if self._args.on_error != "quarantine" or not self._bases:
+        if self._args.on_error != "quarantine":
             return None
-        temporary = path.with_name(f"{path.name}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
+        if not self._bases:
+            path.unlink(missing_ok=True)  # an earlier run's, which the records of this one have nothing to do with
+            return None
+        with replacing(path) as file:
             for number, bases in self._bases.items():
                 with open(quarantine_file(self._directory, number), encoding="utf-8") as lines:
                     for line in map(json.loads, lines):
                         line["line"] += bases.get(line["path"], 0)
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+                        file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         return str(path)
 
     # ------------------------------------------------------------------------------------------------------- progress
@@ -163,6 +165,10 @@ class Ledger:
             print(
                 f"{self._command}: {share}{counts}, {tokens / seconds:.0f} tokens/s{left}", file=sys.stderr, flush=True
             )
+
+
+def _listed(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
 
 
 def _moved(message: Bad, bases: dict[str, int]) -> Bad:

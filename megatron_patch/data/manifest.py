@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_patch.data.indexed import IndexInfo
+from megatron_patch.data.indexed import IndexInfo, replacing
 
 if TYPE_CHECKING:
     from megatron_patch.tokenizer import Tokenizer
@@ -106,13 +105,8 @@ def merge_manifests(prefixes: Sequence[str], prefix: str) -> Path | None:
 
 def _write(prefix: str, manifest: Manifest) -> Path:
     path = manifest_path(prefix)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(asdict(manifest), file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(json.dumps(asdict(manifest), indent=2).encode() + b"\n")
     return path
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.data.arguments import SETTINGS
+from megatron_patch.data.indexed import replacing
 from megatron_patch.data.tokenizing import ShardReport, key_file, report_file
 
 _LOCK = "lock"
@@ -101,12 +101,8 @@ def _adopt(run: PartialRun, settings: Mapping[str, Any], resume: bool) -> None:
             f"{run.directory} holds the finished part of a run with other settings ({'; '.join(changed)}): give those "
             "again to go on with it, or --resume never to start anew"
         )
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(wanted, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(json.dumps(wanted, indent=1).encode())
 
 
 def _change(name: str, before: Any, now: Any) -> str:

@@ -260,7 +260,7 @@ class _Run:
             documents=sum(dataset.documents for dataset in datasets),
             tokens=sum(dataset.tokens for dataset in datasets),
             records=ledger.records,
-            bad=ledger.bad,
+            bad=ledger.bad.total(),
             skipped=tuple(ledger.skipped.most_common()),
             changed=tuple(changed),
             quarantine=quarantine,

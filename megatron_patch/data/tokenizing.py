@@ -28,13 +28,15 @@ import numpy as np
 from megatron_patch.data.arguments import CleaningArgs, DedupArgs
 from megatron_patch.data.cleaning import Cleaner
 from megatron_patch.data.dedup import Fingerprints, fingerprints
-from megatron_patch.data.indexed import sync
+from megatron_patch.data.indexed import replacing, sync
 from megatron_patch.data.readers import BadRecord, Record, place, record_text
 from megatron_patch.data.shards import Shard, ShardReader
 from megatron_patch.tokenizer.engines import ONE_THREAD, Engine, EngineRecipe
 
 BATCH_CHARACTERS = 1 << 18
 """Text that goes to the tokenizer at a time."""
+_TOLD_BYTES = 1 << 18
+"""Input that is read between two times that the parent is told."""
 MESSAGES = 20
 """Bad records of a shard that are told one by one; the rest are only counted."""
 EMPTY = "empty text"
@@ -93,13 +95,11 @@ class ShardReport:
     records: int = 0
     lines: list[tuple[str, int]] = field(default_factory=list)
     """Lines of each part of a file, where others number theirs on from it."""
-    bad: int = 0
-    """Records that are no document, counted once for each key."""
+    bad: Counter[str] = field(default_factory=Counter)
+    """Reason and number of the records that are no document, counted once for each key."""
     messages: list[Bad] = field(default_factory=list)
     """The first of them."""
     keys: list[KeyReport] = field(default_factory=list)
-    stopped: bool = False
-    """Whether it ended at a bad record."""
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> ShardReport:
@@ -110,7 +110,13 @@ class ShardReport:
         ]
         lines = [(path, count) for path, count in values["lines"]]
         return ShardReport(
-            **{**values, "keys": keys, "lines": lines, "messages": [Bad(**m) for m in values["messages"]]}
+            **{
+                **values,
+                "keys": keys,
+                "lines": lines,
+                "bad": Counter(values["bad"]),
+                "messages": [Bad(**message) for message in values["messages"]],
+            }
         )
 
 
@@ -141,9 +147,7 @@ class _Worker:
     """Bytes read, documents and tokens so far, of all workers together."""
 
     def advance(self, *amounts: int) -> None:
-        with self.counters.get_lock():  # type: ignore[attr-defined]  # a multiprocessing.Array
-            for index, amount in enumerate(amounts):
-                self.counters[index] += amount
+        advance(self.counters, *amounts)
 
 
 _worker: _Worker | None = None
@@ -154,6 +158,13 @@ def start_worker(job: Job, counters: Array[Any]) -> None:
     global _worker
     settle()
     _worker = _Worker(job, job.recipe.build(), Cleaner(job.cleaning), counters)
+
+
+def advance(counters: Array[Any], *amounts: int) -> None:
+    """Adds to the counters that all workers share: bytes read, documents, tokens."""
+    with counters.get_lock():  # type: ignore[attr-defined]  # a multiprocessing.Array
+        for index, amount in enumerate(amounts):
+            counters[index] += amount
 
 
 def settle() -> None:
@@ -185,9 +196,8 @@ def tokenize_shard(shard: Shard) -> ShardReport:
             for key, writer in zip(job.keys, writers, strict=True):
                 _take(record, key, writer, report, quarantine)
             if report.bad and job.on_error == "stop":
-                report.stopped = True
                 return report
-            if reader.position - read >= BATCH_CHARACTERS:
+            if reader.position - read >= _TOLD_BYTES:
                 _worker.advance(reader.position - read)
                 read = reader.position
         if report.bad:
@@ -211,7 +221,7 @@ def _take(record: Record, key: str, writer: _KeyWriter, report: ShardReport, qua
 
 def note_bad(record: Record, error: BadRecord, report: ShardReport, quarantine: IO[bytes] | None) -> None:
     """Counts a bad record, keeps what to say of it, and if asked for the record itself."""
-    report.bad += 1
+    report.bad[error.reason] += 1
     bad = Bad(record.path, record.line, record.unit, error.reason, error.detail)
     if len(report.messages) < MESSAGES:
         report.messages.append(bad)
@@ -223,12 +233,8 @@ def note_bad(record: Record, error: BadRecord, report: ShardReport, quarantine: 
 
 def finish(directory: str, report: ShardReport) -> None:
     """Writes the file that makes a shard a finished one; all others must be on the disk."""
-    path = report_file(directory, report.number)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with replacing(report_file(directory, report.number)) as file:
         file.write(json.dumps(report, default=vars).encode())
-        sync(file)
-    os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------------------------------- one key

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_patch.data.ledger import Ledger
 from megatron_patch.data.partial import PartialRun
 from megatron_patch.data.shards import Shard
-from megatron_patch.data.tokenizing import ShardReport, start_worker, tokenize_shard
+from megatron_patch.data.tokenizing import ShardReport, advance, start_worker, tokenize_shard
 from megatron_patch.tokenizer.engines import EngineMismatch
 
 _UNDER_WAY = 2
@@ -79,15 +79,13 @@ class _Crew:
         try:
             self._under_way[self._pool.submit(self._work, shard)] = shard
         except BrokenProcessPool as error:
-            raise self._death(error) from error
+            raise self._death() from error
 
     def adopt(self, shard: Shard, report: ShardReport) -> None:
         """Takes a shard that was finished before."""
         self._ledger.resumed += 1
-        amounts = (shard.disk_bytes, sum(k.documents for k in report.keys), sum(k.tokens for k in report.keys))
-        with self._counters.get_lock():
-            for index, amount in enumerate(amounts):
-                self._counters[index] += amount
+        documents, tokens = (sum(getattr(key, name) for key in report.keys) for name in ("documents", "tokens"))
+        advance(self._counters, shard.disk_bytes, documents, tokens)
         self._take(report)
 
     def finish(self) -> None:
@@ -114,13 +112,13 @@ class _Crew:
         try:
             return future.result()
         except BrokenProcessPool as error:
-            raise self._death(error) from error
+            raise self._death() from error
         except (EngineMismatch, OSError, ValueError):
             raise
         except Exception as error:
             raise RuntimeError(f"a worker failed within {where}: {type(error).__name__}: {error}") from error
 
-    def _death(self, error: BaseException) -> ChildProcessError:
+    def _death(self) -> ChildProcessError:
         shards = sorted(self._under_way.values(), key=lambda shard: shard.number)
         where = _where(shards[0]) if shards else "its start"
         return ChildProcessError(
@@ -136,6 +134,6 @@ class _Crew:
 
 
 def _where(shard: Shard) -> str:
-    first, *_, last = (*shard.pieces[:1], *shard.pieces)
+    first, last = shard.pieces[0], shard.pieces[-1]
     start = f"{first.path}, byte {first.start}" if first.start else first.path
     return start if first.path == last.path else f"{start} .. {last.path}"

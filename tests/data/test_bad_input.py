@@ -93,7 +93,7 @@ def test_the_line_at_which_a_run_stops_is_the_first_bad_one_whoever_finds_it(bpe
 
 
 def test_more_bad_records_than_allowed_end_with_code_3_and_a_higher_limit_goes_on(bpe, tmp_path, capsys):
-    (tmp_path / "in.jsonl").write_bytes(b"\n".join([*map(line, TEXTS), b"{", b"{", b"{"]))
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join([*map(line, TEXTS[:-5]), *[line("")] * 5, b"{", b"{", b"{"]))
     flags = ["--on-error", "quarantine", "--engine", "hf"]
     args = command(arguments(tmp_path, bpe), *flags)
     assert main(args) == 3
@@ -104,7 +104,21 @@ def test_more_bad_records_than_allowed_end_with_code_3_and_a_higher_limit_goes_o
     assert main([*args, "--max-errors", "2"]) == 3
     assert main([*args, "--max-errors", "3", "--json", f"{tmp_path}/report.json"]) == 0
     assert json.loads((tmp_path / "report.json").read_text())["resumed"] == 1
-    assert contents(f"{tmp_path}/out_text_document") == reference(bpe, TEXTS, f"{tmp_path}/reference", False)
+    assert contents(f"{tmp_path}/out_text_document") == reference(bpe, TEXTS[:-5], f"{tmp_path}/reference", False)
+
+
+def test_what_a_lenient_run_had_left_out_is_not_left_out_by_a_strict_one(bpe, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join([*map(line, TEXTS), b"{"]))
+    assert main(command(arguments(tmp_path, bpe), "--on-error", "skip", "--max-errors", "0")) == 3
+    with pytest.raises(DamagedInput, match=r"in.jsonl:209: broken JSON"):
+        preprocess(arguments(tmp_path, bpe))
+
+
+def test_no_quarantine_of_an_earlier_run_is_left_beside_good_data(bpe, tmp_path):
+    jsonl(tmp_path / "in.jsonl", TEXTS)
+    (tmp_path / "out.quarantine.jsonl").write_text('{"record": "mended since"}\n')
+    assert preprocess(arguments(tmp_path, bpe, on_error="quarantine")).quarantine is None
+    assert not (tmp_path / "out.quarantine.jsonl").exists()
 
 
 def test_a_number_of_bad_records_is_not_waited_for_to_the_end(bpe, tmp_path, monkeypatch, capsys):

@@ -6,12 +6,11 @@ transformers. It does not know how any of it is done.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_patch.data.arguments import SETTINGS, parse_limit, raise_problems
+from megatron_patch.data.arguments import RecordArgs, raise_problems
 
 SftFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt"]
 OWN_TEMPLATE = "tokenizer"
@@ -66,8 +65,14 @@ class SftFormatArgs:
         return problems
 
 
-@dataclass(frozen=True)
-class _Required:
+@dataclass(frozen=True, kw_only=True)
+class SftDataArgs(SftFormatArgs, RecordArgs):
+    """Turn conversations into tokenized samples for `finetune`, with a mask of what is to be learned.
+
+    Loss is on assistants' turns alone, the token that ends a turn included. Exit codes: 0 done; 1 failed (what was
+    finished is kept, run it again to go on); 2 wrong arguments; 3 more bad records than --max-errors.
+    """
+
     input: tuple[str, ...]
     """Files, directories or quoted globs of conversations: .jsonl (an object a line), .json (lines, or one array), each
     also as .gz or .zst; .parquet."""
@@ -77,73 +82,24 @@ class _Required:
     """Hugging Face directory that holds the tokenizer."""
     seq_length: int
     """Most tokens of a sample; with --packing, of a pack."""
-
-
-@dataclass(frozen=True)
-class SftDataArgs(SftFormatArgs, _Required):
-    """Turn conversations into tokenized samples for `finetune`, with a mask of what is to be learned.
-
-    Loss is on assistants' turns alone, the token that ends a turn included. Exit codes: 0 done; 1 failed (what was
-    finished is kept, run it again to go on); 2 wrong arguments; 3 more bad records than --max-errors.
-    """
-
     packing: bool = False
     """Join samples to packs of --seq-length tokens, best fit, the longest first. In training they do not see one
     another. Without it each sample is a pack of its own; `finetune` can pack either anew."""
-    workers: int = 1
-    """Number of processes that tokenize. The output does not depend on it."""
     examples: int = 1
     """Samples to print, what is to be learned between [[ and ]]."""
-    on_error: Literal["stop", "skip", "quarantine"] = "stop"
-    """What to do at a record that is no conversation: stop; leave it out and count it; or also keep it, with file, line
-    and reason, in PREFIX.quarantine.jsonl."""
-    max_errors: str = "1%"
-    """With --on-error skip or quarantine: write nothing and exit with code 3 if more records than this are bad, a
-    number or a percentage of all. What was tokenized is kept: run again with a higher limit."""
-    resume: Literal["auto", "never"] = "auto"
-    """Whether to go on from what a killed or failed run with the same settings left in PREFIX.partial."""
-    overwrite: bool = False
-    """Replace existing samples of the same name."""
-    log_interval: int = 10_000
-    """Samples between two progress lines when the output is not a terminal."""
-    trust_remote_code: bool = False
-    """Let transformers run Python code that lies in the tokenizer's directory."""
-    json: str | None = None
-    """Also write the report to this file."""
 
     @property
     def json_keys(self) -> tuple[str, ...]:
         """A ledger counts by keys; conversations have one."""
         return ("conversation",)
 
-    @property
-    def partial_directory(self) -> Path:
-        """Where the finished part of a run lies until it is whole."""
-        return Path(f"{self.output_prefix}.partial")
-
-    @property
-    def quarantine_path(self) -> Path:
-        """Where bad records go."""
-        return Path(f"{self.output_prefix}.quarantine.jsonl")
-
     def validate(self) -> None:
         """Raises ValueError naming everything that is wrong with these arguments."""
-        raise_problems([*self.format_problems(), *self._number_problems(), *self._path_problems()])
-
-    def _number_problems(self) -> list[str]:
-        least: Mapping[str, int] = {"seq_length": 2, "workers": 1, "log_interval": 1, "examples": 0}
-        problems = [
-            f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {bound}"
-            for name, bound in least.items()
-            if getattr(self, name) < bound
-        ]
-        try:
-            parse_limit(self.max_errors)
-        except ValueError as error:
-            problems.append(f"--max-errors {error}")
-        if self.on_error == "stop" and self.max_errors != SftDataArgs.max_errors:
-            problems.append(f"--max-errors {self.max_errors} has no effect without --on-error skip or quarantine")
-        return problems
+        problems = [*self.format_problems(), *self.record_problems(), *self._path_problems()]
+        for name, least in (("seq_length", 2), ("examples", 0)):
+            if getattr(self, name) < least:
+                problems.append(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+        raise_problems(problems)
 
     def _path_problems(self) -> list[str]:
         from megatron_patch.data.readers import expand_inputs
@@ -159,18 +115,8 @@ class SftDataArgs(SftFormatArgs, _Required):
             ]
         if not Path(self.tokenizer_model).is_dir():
             problems.append(f"--tokenizer-model {self.tokenizer_model!r}: no such directory")
-        if self.json and not Path(self.json).parent.is_dir():
-            problems.append(f"--json {self.json}: there is no directory {Path(self.json).parent}")
-        if Path(self.output_prefix).name in ("", ".", "..") or self.output_prefix.endswith("/"):
-            problems.append(f"--output-prefix {self.output_prefix!r}: must end in the first part of a file name")
-        elif not self.overwrite and not self._is_begun():
-            problems += [
-                f"--output-prefix: {path} exists; --overwrite replaces it"
-                for path in (Path(f"{self.output_prefix}.json"), Path(f"{self.output_prefix}_ids.idx"))
-                if path.exists()
-            ][:1]
+        taken = [Path(f"{self.output_prefix}{suffix}") for suffix in (".json", "_ids.idx")]
+        taken = [path for path in taken if path.exists()]
+        if taken and not self.overwrite and not self.is_begun:
+            problems.append(f"--output-prefix: {taken[0]} exists; --overwrite replaces it")
         return problems
-
-    def _is_begun(self) -> bool:
-        """Whether a run that was ended early had leave to write here."""
-        return self.resume == "auto" and (self.partial_directory / SETTINGS).is_file()

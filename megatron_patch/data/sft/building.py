@@ -254,7 +254,7 @@ class _Run:
             truncated=ledger.changed[TRUNCATED],
             open_answers=ledger.changed[OPEN],
             records=ledger.records,
-            bad=ledger.bad,
+            bad=ledger.bad.total(),
             skipped=tuple(ledger.skipped.most_common()),
             quarantine=quarantine,
             layouts=tuple(self.job.layouts.items()),

@@ -24,7 +24,7 @@ NOTHING_LEARNED = "no answer to learn"
 """The reason of a record whose answers are empty, or not to be learned."""
 _ROLES = {
     **{role: role for role in (SYSTEM, USER, ASSISTANT, TOOL, OBSERVATION, "developer", "ipython")},
-    **dict.fromkeys(("human",), USER),
+    "human": USER,
     **dict.fromkeys(("gpt", "bing", "bard", "bot", "chatbot", "chatgpt", "model", "ai"), ASSISTANT),
     **dict.fromkeys(("function", "function_response", "tool_response"), TOOL),
 }
@@ -213,7 +213,10 @@ def _json_if_text(value: Any) -> Any:
 
 
 def _alpaca(source: _Source) -> Iterator[Message]:
-    for turn in source.value.get("history") or ():
+    history = source.value.get("history") or []
+    if not isinstance(history, list):
+        source.refuse("history is no list of pairs", f"it is {type(history).__name__}")
+    for turn in history:
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             source.refuse("history is no list of pairs", f"one of them is {turn!r:.60}")
         yield Message(USER, source.string(turn[0], "a question of the history"), False)

@@ -57,12 +57,6 @@ def _require_fit(sizes: np.ndarray, capacity: int) -> None:
         )
 
 
-def fewest_packs(lengths: Sequence[int] | np.ndarray, capacity: int) -> int:
-    """A number of packs that no packing can do with less: by the sum, and by samples of more than half a pack."""
-    sizes = np.asarray(lengths, np.int64)
-    return max(-(-int(sizes.sum()) // capacity), int((2 * sizes > capacity).sum()))
-
-
 def efficiency(lengths: Sequence[int] | np.ndarray, num_packs: int, capacity: int) -> float:
     """Share of the slots of so many packs that hold a token."""
     return int(np.asarray(lengths, np.int64).sum()) / max(1, num_packs * capacity)

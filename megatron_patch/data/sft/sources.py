@@ -1,6 +1,6 @@
 """What `--train-data` names, as samples: a tokenized set, or files of conversations, tokenized once and kept.
 
-    source = find_source("chats.jsonl", formats, tokenizer, seq_length=4096)
+    source = find_source("chats.jsonl", formats, tokenizer, seq_length=4096, cache=None, workers=2)
     store = open_samples(source.tokenize(print))    # does nothing more if it was done before
 
 Tokenized files lie under a digest of the files' content, the tokenizer with its chat template, the flags, and the code
@@ -80,7 +80,7 @@ def find_source(
 
 def _doubt(prefix: str, tokenizer: Tokenizer) -> str:
     """Whether a set may be of another tokenizer; the predecessor's layout does not tell."""
-    info = getattr(open_samples(prefix), "info", None)
+    info = open_samples(prefix).info
     if info is None or info.tokenizer == tokenizer.fingerprint:
         return ""
     if info.vocab_size != tokenizer.vocab_size:

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 
 from megatron_patch.data.index_file import IndexFile, joined, open_index, structure_problems
-from megatron_patch.data.indexed import locked, publish, sync
+from megatron_patch.data.indexed import locked, publish, replacing, sync
 from megatron_patch.data.manifest import index_digest
 from megatron_patch.data.sft.samples import Sample
 
@@ -51,27 +50,6 @@ class StoreInfo:
     """What became of longer ones."""
     packing: bool
     """Whether packs hold several samples."""
-
-
-class Samples(Protocol):
-    """What a store offers, whatever its layout."""
-
-    prefix: str
-    seq_length: int
-    lengths: np.ndarray
-    """int32 [samples]: tokens of each."""
-    marks: np.ndarray
-    """int64 [packs + 1]: the first sample of each pack, and the number of samples."""
-
-    @property
-    def num_samples(self) -> int: ...
-
-    @property
-    def num_packs(self) -> int: ...
-
-    def sample(self, number: int) -> Sample: ...
-
-    def pack(self, number: int) -> list[Sample]: ...
 
 
 def ids_prefix(prefix: str) -> str:
@@ -135,8 +113,7 @@ def _write_tokens(
 
 
 def _write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, marks: np.ndarray) -> None:
-    pointers = np.zeros(len(lengths), np.int64)
-    np.cumsum(lengths[:-1], out=pointers[1:], dtype=np.int64)
+    pointers = np.cumsum(lengths, dtype=np.int64) - lengths
     index = IndexFile("", dtype, lengths, pointers * dtype.itemsize, marks, None)
     with open(path, "wb") as file:
         file.writelines(joined([index], dtype))
@@ -144,14 +121,9 @@ def _write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, marks: np.nda
 
 
 def _write_info(prefix: str, info: StoreInfo) -> None:
-    path = info_path(prefix)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump({"kind": KIND, **asdict(info), "index_sha256": _digests(prefix)}, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    content = {"kind": KIND, **asdict(info), "index_sha256": _digests(prefix)}
+    with replacing(info_path(prefix)) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def _digests(prefix: str) -> str:
@@ -190,8 +162,24 @@ def _read_info(prefix: str) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and values.get("kind") == KIND else None
 
 
-class _Store:
-    """Samples by number, and packs of them."""
+def _sound_index(prefix: str) -> IndexFile:
+    """The index of a dataset; ValueError if it makes no sense."""
+    index = open_index(prefix)
+    for problem in structure_problems(index):
+        raise ValueError(str(problem))
+    return index
+
+
+class Samples:
+    """Samples by number, and packs of them: what a store offers, whatever its layout.
+
+    Args:
+        lengths: int32 [samples]: tokens of each.
+        marks: int64 [packs + 1]: the first sample of each pack, and the number of samples.
+    """
+
+    info: StoreInfo | None = None
+    """What made it, where that is known."""
 
     def __init__(self, prefix: str, seq_length: int, lengths: np.ndarray, marks: np.ndarray) -> None:
         self.prefix, self.seq_length = prefix, seq_length
@@ -216,7 +204,7 @@ class _Store:
         return [self.sample(one) for one in range(int(self.marks[number]), int(self.marks[number + 1]))]
 
 
-class SampleStore(_Store):
+class SampleStore(Samples):
     """A store that `write_samples` wrote, memory-mapped."""
 
     def __init__(self, prefix: str) -> None:
@@ -226,10 +214,7 @@ class SampleStore(_Store):
         if values.pop("index_sha256", None) != _digests(prefix):
             raise ValueError(f"{info_path(prefix)} is not that of the files beside it: write the set again")
         self.info = StoreInfo(**{field.name: values[field.name] for field in fields(StoreInfo)})
-        indices = [open_index(name) for name in (ids_prefix(prefix), mask_prefix(prefix))]
-        for index in indices:
-            for problem in structure_problems(index):
-                raise ValueError(str(problem))
+        indices = [_sound_index(name) for name in (ids_prefix(prefix), mask_prefix(prefix))]
         if [index.dtype for index in indices] != [_IDS, _MASK]:
             raise ValueError(f"{prefix}: ids must be {_IDS} and masks {_MASK}")
         super().__init__(prefix, self.info.seq_length, indices[0].lengths, indices[0].marks)
@@ -252,21 +237,19 @@ class SampleStore(_Store):
 # -------------------------------------------------------------------------------------------------- the predecessor's
 
 
-class PredecessorStore(_Store):
+class PredecessorStore(Samples):
     """Rows of 2 x seq_length int32: tokens, then the label of each. The last token of a sample is -1 - id.
 
     What follows the last sample of a row is padding; rows without a token, and samples without a label, are left out.
     """
 
     def __init__(self, prefix: str) -> None:
-        self._index = open_index(prefix)
-        for problem in structure_problems(self._index):
-            raise ValueError(str(problem))
-        if self._index.dtype != _IDS:
+        index = _sound_index(prefix)
+        if index.dtype != _IDS:
             raise ValueError(
-                f"{prefix}: token ids are {self._index.dtype}; rows of tokens and labels need {_IDS}, which holds -100"
+                f"{prefix}: token ids are {index.dtype}; rows of tokens and labels need {_IDS}, which holds -100"
             )
-        widths = np.unique(self._index.lengths[self._index.lengths > 0])
+        widths = np.unique(index.lengths[index.lengths > 0])
         if len(widths) != 1 or widths[0] % 2:
             raise ValueError(f"{prefix}: rows of {widths.tolist()[:5]} ids; they must be of one length, 2 x seq_length")
         self._tokens = np.memmap(f"{prefix}.bin", _IDS, "r").reshape(-1, 2, int(widths[0]) // 2)
@@ -319,8 +302,3 @@ def _is_predecessors(prefix: str) -> bool:
         return False
     row = np.fromfile(f"{prefix}.bin", _IDS, int(index.lengths[first]), offset=int(index.pointers[first]))
     return bool((row[len(row) // 2 :] == _IGNORED).any() and (row[: len(row) // 2] < 0).any())
-
-
-def all_samples(store: Samples) -> Iterator[Sample]:
-    """Every sample of a store, in order."""
-    return (store.sample(number) for number in range(store.num_samples))

@@ -22,7 +22,7 @@ def show_sft(report: SftReport) -> None:
     for reason, count in report.skipped:
         table.add_row(Text(f"left out: {reason}"), f"{count:,}")
     if report.quarantine:
-        table.add_row("bad records", report.quarantine)
+        table.add_row("bad records", Text(report.quarantine))
     if report.resumed:
         table.add_row("taken from an earlier run", f"{report.resumed} of {report.shards} shards")
     table.add_row("time", f"{report.seconds:.1f} s, {report.tokens / report.seconds:,.0f} tokens/s")

@@ -111,17 +111,13 @@ def find_template(tokenizer: Tokenizer, name: str) -> TemplateRecipe:
 
 def _own_template(tokenizer: Tokenizer) -> tuple[str, str | None]:
     own = tokenizer.hf.chat_template
-    if isinstance(own, dict):
-        source, tools_source = own.get("default"), own.get("tool_use")
-        own = source
-    else:
-        tools_source = None
-    if not own:
+    source, tools_source = (own.get("default"), own.get("tool_use")) if isinstance(own, dict) else (own, None)
+    if not source:
         raise ValueError(
             f"the tokenizer in {tokenizer.directory} has no chat template; name the family's with --chat-template: "
             f"{template_choices()}"
         )
-    return own, tools_source
+    return source, tools_source
 
 
 def _require_tokens(tokenizer: Tokenizer, name: str, source: str) -> None:
@@ -191,10 +187,6 @@ class ChatTemplate:
         if any(map(self._special.search, strings)):
             self._require_no_leak(conversation, written)
         return self._rendered(conversation, written)
-
-    def prompt(self, conversation: Conversation) -> str:
-        """The text of a conversation that an assistant is to go on with."""
-        return self._run(conversation, add_generation_prompt=True).text
 
     def _rendered(self, conversation: Conversation, written: _Written) -> Rendered:
         controls = tuple(sorted(self._controls(written, conversation)))
@@ -414,9 +406,9 @@ class _Page:
         learned, open_turns, seen = self.written.codes >= GENERATED, 0, set[int]()
         ends = {end for _, end in self.controls}
         for is_block, start, end in list(_runs(learned.astype(np.uint8))):
-            numbers = {int(code) - _FIRST for code in np.unique(self.written.sources[start:end]) if code >= _FIRST}
             if not is_block:
                 continue
+            numbers = {int(code) - _FIRST for code in np.unique(self.written.sources[start:end]) if code >= _FIRST}
             wanted = {self.conversation.messages[number].learned for number in numbers}
             if len(wanted) > 1:
                 raise Unusable("an answer taken apart by the chat template", "one generation block holds several")

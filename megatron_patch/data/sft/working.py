@@ -28,6 +28,7 @@ from megatron_patch.data.shards import Shard, ShardReader
 from megatron_patch.data.tokenizing import (
     KeyReport,
     ShardReport,
+    advance,
     finish,
     key_file,
     note_bad,
@@ -66,9 +67,7 @@ class _Worker:
     """Bytes read, samples and tokens so far, of all workers together."""
 
     def advance(self, *amounts: int) -> None:
-        with self.counters.get_lock():  # type: ignore[attr-defined]  # a multiprocessing.Array
-            for index, amount in enumerate(amounts):
-                self.counters[index] += amount
+        advance(self.counters, *amounts)
 
 
 _worker: _Worker | None = None
@@ -100,10 +99,9 @@ def render_shard(shard: Shard) -> ShardReport:
         for records in _batches(reader):
             report.records += len(records)
             samples, tokens = kept.documents, kept.tokens
-            for record, outcome in outcomes(records, job, _worker.renderer):
+            for record, outcome in _outcomes(records, job, _worker.renderer):
                 _take(record, outcome, writer, report, kept, None if job.on_error == "stop" else quarantine)
             if report.bad and job.on_error == "stop":
-                report.stopped = True
                 return report
             _worker.advance(reader.position - read, kept.documents - samples, kept.tokens - tokens)
             read = reader.position
@@ -128,7 +126,9 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def outcomes(records: Iterable[Record], job: SftJob, renderer: Renderer) -> Iterator[tuple[Record, Sample | BadRecord]]:
+def _outcomes(
+    records: Iterable[Record], job: SftJob, renderer: Renderer
+) -> Iterator[tuple[Record, Sample | BadRecord]]:
     """For each record its sample, or why it makes none."""
     found = [(record, _conversation(record, job)) for record in records]
     made = iter(renderer.samples(one for _, one in found if isinstance(one, Conversation)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_patch.data.sft.conversations import Conversation, Message
 from megatron_patch.data.sft.rendering import Renderer, RendererRecipe
 from megatron_patch.data.sft.samples import Sample
+from megatron_patch.data.sft.storage import Samples
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer import make
 
@@ -112,3 +113,8 @@ def sample_of(ids: Sequence[int], learned: Sequence[int]) -> Sample:
     mask = np.zeros(len(ids), bool)
     mask[list(learned)] = True
     return Sample(np.array(ids, np.int32), mask)
+
+
+def all_samples(store: Samples) -> Iterator[Sample]:
+    """Every sample of a store, in order."""
+    return (store.sample(number) for number in range(store.num_samples))

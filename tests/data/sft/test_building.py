@@ -15,7 +15,7 @@ from megatron_patch.data.readers import DamagedInput
 from megatron_patch.data.sft import building
 from megatron_patch.data.sft.arguments import SftDataArgs
 from megatron_patch.data.sft.building import SftReport, build
-from megatron_patch.data.sft.storage import all_samples, open_samples
+from megatron_patch.data.sft.storage import open_samples
 from megatron_patch.launch import main as command
 from megatron_patch.tokenizer import Tokenizer
 from tests.data.sft import make
@@ -62,7 +62,7 @@ def test_every_record_becomes_the_sample_that_the_library_makes(
     report = run(write_jsonl(tmp_path / "a.jsonl", rows := records(30)))
     render = make.renderer(tokenizer("chatml"), "chatml", 100)
     expected = [render.sample(make.chat(("user", one["instruction"]), ("assistant", one["output"]))) for one in rows]
-    found = list(all_samples(open_samples(report.prefix)))
+    found = list(make.all_samples(open_samples(report.prefix)))
     assert [one.ids.tolist() for one in found] == [one.ids.tolist() for one in expected]
     assert [one.mask.tolist() for one in found] == [one.mask.tolist() for one in expected]
     assert (report.samples, report.packs, report.records, report.bad) == (30, 30, 30, 0)
@@ -95,7 +95,7 @@ def test_every_kind_of_file_and_layout_may_come_together(tmp_path: Path, run: Ru
     table = tmp_path / "d.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(messages), table)
     report = run(plain, array, packed, table)
-    samples = list(all_samples(open_samples(report.prefix)))
+    samples = list(make.all_samples(open_samples(report.prefix)))
     assert [layout for _, layout in report.layouts] == ["prompt", "sharegpt", "messages", "messages"]
     assert [one.ids.tolist() for one in samples] == [samples[0].ids.tolist()] * 4
     assert samples[0].supervised == 2

@@ -118,6 +118,13 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("history", [7, True, "ab", {"a": "b"}])
+def test_a_history_that_is_no_list_is_refused(history: Any) -> None:
+    with pytest.raises(BadRecord) as error:
+        read({"instruction": "a", "output": "b", "history": history})
+    assert error.value.reason == "history is no list of pairs"
+
+
 @pytest.mark.parametrize("reason", BAD)
 def test_a_record_that_is_no_conversation_says_why_and_where(reason: str) -> None:
     with pytest.raises(BadRecord, match="chats.jsonl:1: ") as error:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from megatron_patch.data.sft.packing import efficiency, fewest_packs, pack
+from megatron_patch.data.sft.packing import efficiency, pack
 
 
 def long_tailed(count: int, capacity: int, seed: int = 0) -> np.ndarray:
@@ -35,6 +36,12 @@ def by_trying_every_pack(lengths: list[int], capacity: int) -> list[list[int]]:
         rooms[chosen] -= lengths[number]
         since[chosen] = step
     return sorted(sorted(one) for one in packs)
+
+
+def fewest_packs(lengths: Sequence[int] | np.ndarray, capacity: int) -> int:
+    """A number of packs that no packing can do with less: by the sum, and by samples of more than half a pack."""
+    sizes = np.asarray(lengths, np.int64)
+    return max(-(-int(sizes.sum()) // capacity), int((2 * sizes > capacity).sum()))
 
 
 def test_it_is_best_fit_decreasing() -> None:

@@ -14,12 +14,11 @@ from megatron_patch.data.sft.storage import (
     PredecessorStore,
     SampleStore,
     StoreInfo,
-    all_samples,
     is_sample_store,
     open_samples,
     write_samples,
 )
-from tests.data.sft.make import sample_of
+from tests.data.sft.make import all_samples, sample_of
 
 INFO = StoreInfo("digest", 100, "chatml", "digest", 8, "right", True)
 PACKS = [
