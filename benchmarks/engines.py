@@ -28,30 +28,27 @@ import xxhash
 
 from megatron_patch.tokenizer import load_tokenizer
 from megatron_patch.tokenizer.engines import NAMES, ONE_THREAD, choose
+from megatron_patch.vocab.corpus import Corpus
 
 BATCH_BYTES = 1 << 20
 
 
 def batches(args: argparse.Namespace) -> Iterator[list[str]]:
-    """Distinct documents of the input files, lines of JSON or paragraphs of text, up to --megabytes."""
+    """Distinct documents of the input files, as `megatron-patch preprocess` reads them, up to --megabytes."""
     batch, size, total, seen = [], 0, 0, set()
-    for file in args.input:
-        text = Path(file).read_text(encoding="utf-8")
-        lines = text.splitlines() if file.endswith(".jsonl") else text.split("\n\n")
-        for line in lines:
-            document = json.loads(line)[args.key] if file.endswith(".jsonl") else line
-            digest = xxhash.xxh3_64_intdigest(document.encode())
-            if digest in seen:
-                continue
-            seen.add(digest)
-            batch.append(document)
-            size, total = size + len(document.encode()), total + len(document.encode())
-            if size >= BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-            if total >= args.megabytes * 1e6:
-                yield batch
-                return
+    for document in Corpus(args.input, args.key):
+        data = document.encode()
+        digest = xxhash.xxh3_64_intdigest(data)
+        if digest in seen:
+            continue
+        seen.add(digest)
+        batch.append(document)
+        size, total = size + len(data), total + len(data)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        if total >= args.megabytes * 1e6:
+            break
     if batch:
         yield batch
 

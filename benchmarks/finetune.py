@@ -174,8 +174,9 @@ def speed(args: Args, work: Path) -> None:
 
     torch.set_num_threads(args.threads)
     whole = _write(work / "docstrings.jsonl", list(docstrings().items()))
-    build(SftDataArgs((whole,), f"{work}/docstrings", args.model, args.seq_length, examples=0, overwrite=True))
-    store, run = open_samples(f"{work}/docstrings"), _set_up(args, work)
+    prefix, options = f"{work}/docstrings", dict(seq_length=args.seq_length, examples=0, overwrite=True)
+    build(SftDataArgs(input=(whole,), output_prefix=prefix, tokenizer_model=args.model, **options))
+    store, run = open_samples(prefix), _set_up(args, work)
     count = args.rows * (args.steps + 1)
     counted = {}
     for name, packing in (("packed", True), ("padded", False)):

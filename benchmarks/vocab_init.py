@@ -208,12 +208,12 @@ Curve = Mapping[int, float]
 
 def run(args: Args, folder: Path) -> tuple[dict[str, list[Curve]], str]:
     """The curves of every method, one a seed; and in words what was compared."""
-    texts, held = list(Corpus(args.train, "text", args.documents)), Corpus(args.held_out, "text")
-    held = [text[:100] for text in list(held)[:: max(1, len(list(held)) // args.held_out_documents)]]
+    texts, held = list(Corpus(args.train, "text", args.documents)), list(Corpus(args.held_out, "text"))
+    held = [text[:100] for text in held[:: max(1, len(held) // args.held_out_documents)]]
     old, new = make_tokenizers(args, texts, folder)
     growth = compare(old, new, old.vocab_size)
     before, after = stream_of(old, texts), stream_of(new, texts)
-    times = Counter(before.tolist())
+    counts = torch.bincount(before, minlength=old.vocab_size).tolist()
     base = fresh_model(args, old.vocab_size)
     for step, model in train(base, before, args, args.first_steps, 1.5e-3, 0):
         if step % (10 * EVERY) == 0:
@@ -222,7 +222,6 @@ def run(args: Args, folder: Path) -> tuple[dict[str, list[Curve]], str]:
     for seed in range(1, args.seeds + 1):
         for method in (*METHODS, OLD):
             is_old = method == OLD
-            counts = [times[i] for i in range(old.vocab_size)]
             grown = copy.deepcopy(base) if is_old else extended(base, method, growth, counts, seed)
             tokenizer, stream = (old, before) if is_old else (new, after)
             steps = train(grown, stream, args, args.steps, 5e-4, seed)
@@ -241,11 +240,17 @@ def run(args: Args, folder: Path) -> tuple[dict[str, list[Curve]], str]:
 # ---------------------------------------------------------------------------------------------------------- the results
 
 
+def ranked(curves: Mapping[str, Sequence[Curve]]) -> list[tuple[str, float]]:
+    """Each method with the mean of its curves' ends; the best first."""
+    ends = {method: mean(curve[max(curve)] for curve in runs) for method, runs in curves.items()}
+    return sorted(ends.items(), key=lambda item: item[1])
+
+
 def print_table(curves: Mapping[str, Sequence[Curve]]) -> None:
     """Mean and standard deviation over seeds, as a table of Markdown; the best first."""
     steps = list(next(iter(curves.values()))[0])
     print(f"| rows | {' | '.join(f'{step} steps' for step in steps)} |\n|---|{'---|' * len(steps)}")
-    for method in sorted(curves, key=lambda one: mean(curve[steps[-1]] for curve in curves[one])):
+    for method, _ in ranked(curves):
         columns = [[curve[step] for curve in curves[method]] for step in steps]
         cells = [f"{mean(one):.3f} ± {stdev(one) if len(one) > 1 else 0:.3f}" for one in columns]
         print(f"| {method} | {' | '.join(cells)} |")
@@ -253,17 +258,15 @@ def print_table(curves: Mapping[str, Sequence[Curve]]) -> None:
 
 def draw(curves: Mapping[str, Sequence[Curve]], about: str, path: Path) -> None:
     """Mean and spread of each method against steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     steps = list(next(iter(curves.values()))[0])
     whole, end = figure.subplots(1, 2)
     for axes, shown in ((whole, steps), (end, steps[len(steps) // 2 :])):
-        for method in sorted(curves, key=lambda one: mean(curve[steps[-1]] for curve in curves[one])):
+        for method, at_end in ranked(curves):
             values = [[curve[step] for curve in curves[method]] for step in shown]
-            look = _LOOKS[method] | {"label": f"{method} ({mean(curve[steps[-1]] for curve in curves[method]):.2f})"}
+            look = _LOOKS[method] | {"label": f"{method} ({at_end:.2f})"}
             axes.plot(shown, [mean(one) for one in values], **look)
             low, high = zip(*((min(one), max(one)) for one in values), strict=True)
             axes.fill_between(shown, low, high, color=look["color"], alpha=0.15)

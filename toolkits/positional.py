@@ -1,9 +1,9 @@
 """Scripts that are called by position: orders of arguments as data, the check of a call, and what is printed of it.
 
 A toolkit declares its orders (`Order`), what its arguments are for (`Role`), and a function from a call to the
-`megatron-patch` command that does it; `Program` is the rest: it reads the call, prints what became of each argument
-and the command, and runs that. Every wrong argument is named at once, with its number, its value and the rule.
-It knows neither conversion nor data.
+`megatron-patch` command that does it (a `Draft` becomes a `Command`); `Program` is the rest: it reads the call, prints
+what became of each argument and the command, and runs that. Every wrong argument is named at once, with its number, its
+value and the rule. It knows neither conversion nor data.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ MEGATRON_LM = Role(
     "a Megatron-LM checkout; megatron-core is an installed package here",
     "must be a directory with megatron/ in it (or a checkout that holds Megatron-LM), or none",
     _is_megatron_lm,
+)
+PATCH = Role(
+    "a checkout of the patch; this one does it",
+    "must be a directory with megatron_patch/ in it, or none",
+    lambda text: text == NONE or (Path(text) / "megatron_patch").is_dir(),
 )
 
 
@@ -233,12 +238,55 @@ def choice_problems(environment: Mapping[str, str], choices: Mapping[str, tuple[
     ]
 
 
-def extra_flags(environment: Mapping[str, str], name: str) -> list[str]:
-    """The words of an environment variable that holds more flags; ValueError where a shell could not read it."""
-    try:
-        return shlex.split(environment.get(name, ""))
-    except ValueError as error:
-        raise ValueError(f"environment variable {name}: {error}") from error
+@dataclass
+class Draft(Generic[O]):
+    """A command in the making."""
+
+    order: O
+    values: Mapping[str, str]
+    """The call's, by role."""
+
+    environment: Mapping[str, str]
+    """Environment variables of ours, those that are set."""
+
+    flags: list[str] = field(default_factory=list)
+    effects: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def is_on(self, role: str) -> bool:
+        """Whether an argument is `true`."""
+        return self.values.get(role) == "true"
+
+    def use(self, role: str, *flag: str, why: str = "") -> None:
+        """Give the command a flag and note it as the argument's effect."""
+        self.flags += flag
+        self.effects[role] = shlex.join(flag) + why
+
+    def refuse(self, role: str, why: str) -> None:
+        """Say what is wrong with an argument or environment variable."""
+        if role in self.values:
+            self.problems.append(f"{self.order.name(role)}={self.values[role]!r}: {why}")
+        else:
+            self.problems.append(f"environment variable {role}={self.environment[role]!r}: {why}")
+
+    def use_workers(self) -> None:
+        """As many processes as WORKERS says, or one a core."""
+        workers = self.environment.get("WORKERS") or str(len(os.sched_getaffinity(0)))
+        rule, accepts = whole(1)
+        if not accepts(workers):
+            self.refuse("WORKERS", rule)
+        self.use("WORKERS", "--workers", workers)
+
+    def more_flags(self, name: str) -> list[str]:
+        """The words of an environment variable that holds more flags; ValueError where a shell could not read it."""
+        try:
+            words = shlex.split(self.environment.get(name, ""))
+        except ValueError as error:
+            raise ValueError(f"environment variable {name}: {error}") from error
+        if words:
+            self.effects[name] = "added to the command"
+        return words
 
 
 # ---------------------------------------------------------------------------------------------------------- the program
@@ -332,7 +380,7 @@ def finish(
     if plan.incomplete:
         print(plan.incomplete)
         return 0
-    if not dry_run and os.environ.get("DRY_RUN") != "1":
+    if not dry_run:
         return run(list(plan.argv))
     try:
         rehearse(plan, parsers)

@@ -22,7 +22,9 @@ from examples.launcher.orders import Order, indexed_prefixes, number, record_sou
 from megatron_patch.checkpoint import directory
 from toolkits import positional
 from toolkits.model_checkpoints_convertor import sizes
-from toolkits.positional import NONE, choice_problems, extra_flags, is_number
+from toolkits.model_checkpoints_convertor.orders import DTYPES
+from toolkits.positional import NONE, choice_problems, is_number
+from toolkits.pretrain_data_preprocessing.tokenizer_names import has_chat_template
 
 ENVIRONMENT = {
     PROCESSES: "processes on each node, whatever ENV says; without it GPUs, or TP x PP where there are none",
@@ -48,7 +50,6 @@ _CHOICES = {
     "MP_SAVE_SAFE_TENSORS": _BOOLS,
     "DRY_RUN": ("0", "1"),
 }
-_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _TRAINING = ("pretrain", "finetune")
 _ANY_FORMAT = (*_TRAINING, "evaluate")
 """What reads Hugging Face directories and legacy files, too."""
@@ -62,19 +63,10 @@ class Launch(positional.Command):
 
 
 @dataclass
-class _Draft:
-    """A command in the making."""
+class _Draft(positional.Draft[Order]):
+    cluster: Mapping[str, str] = field(kw_only=True)
+    """All environment variables."""
 
-    order: Order
-    values: Mapping[str, str]
-    environment: Mapping[str, str]
-    """Our variables, those that are set."""
-    cluster: Mapping[str, str]
-    """All variables."""
-    flags: list[str] = field(default_factory=list)
-    effects: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
     where: Machines = field(default_factory=lambda: Machines(1))
 
     @property
@@ -104,27 +96,12 @@ class _Draft:
         """Whether records are packed; the predecessor did so only where it was told to."""
         return self.environment.get("MP_SFT_PACKING") == "true"
 
-    def is_on(self, role: str) -> bool:
-        return self.values.get(role) == "true"
-
     def integer(self, role: str, default: int = 1) -> int:
         return int(self.values.get(role, default))
 
     def given(self, *roles: str) -> str:
         """The one of several roles that the order has; empty if none."""
         return next((role for role in roles if role in self.values), "")
-
-    def use(self, role: str, *flag: str, why: str = "") -> None:
-        """Give the command a flag and note it as the argument's effect."""
-        self.flags += flag
-        self.effects[role] = shlex.join(flag) + why
-
-    def refuse(self, role: str, why: str) -> None:
-        """Say what is wrong with an argument or environment variable."""
-        if role in self.values:
-            self.problems.append(f"{self.order.name(role)}={self.values[role]!r}: {why}")
-        else:
-            self.problems.append(f"environment variable {role}={self.environment[role]!r}: {why}")
 
 
 def command(order: Order, values: Mapping[str, str], environment: Mapping[str, str]) -> Launch:
@@ -135,7 +112,7 @@ def command(order: Order, values: Mapping[str, str], environment: Mapping[str, s
             is supported; all that is found in one step is named.
     """
     ours = {name: environment[name] for name in ENVIRONMENT if environment.get(name)}
-    draft = _Draft(order, values, ours, environment)
+    draft = _Draft(order, values, ours, cluster=environment)
     draft.effects |= dict.fromkeys(ENVIRONMENT, f"not needed: it is not about `megatron-patch {draft.kind}`")
     draft.problems += choice_problems(environment, _CHOICES)
     for steps in (_REFUSALS, (_where, _checkpoint), (*_COMMON, *_STEPS[draft.kind])):
@@ -143,9 +120,7 @@ def command(order: Order, values: Mapping[str, str], environment: Mapping[str, s
             step(draft)
     if draft.problems:
         raise ValueError("\n".join(draft.problems))
-    extra = extra_flags(draft.environment, "LAUNCH_ARGS")
-    if extra:
-        draft.effects["LAUNCH_ARGS"] = "added to the command"
+    extra = draft.more_flags("LAUNCH_ARGS")
     draft.effects["RECIPE"] = "written"
     draft.effects["sft"] = f"`megatron-patch {draft.kind}`"
     draft.effects["DRY_RUN"] = "stop after printing" if environment.get("DRY_RUN") == "1" else "no"
@@ -375,7 +350,7 @@ def _training_precision(draft: _Draft) -> None:
 
 
 def _dtype(draft: _Draft) -> None:
-    draft.use("precision", "--dtype", _DTYPES[draft.values["precision"]])
+    draft.use("precision", "--dtype", DTYPES[draft.values["precision"]])
 
 
 def _optimizer(draft: _Draft) -> None:
@@ -530,10 +505,7 @@ def _has_chat_template(draft: _Draft) -> bool:
         checkpoint.parent / "huggingface",
     ]
     folder = next(one for one in folders[0 if str(checkpoint) == NONE else 1 :] if one.is_dir())
-    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-        return True
-    file = folder / "tokenizer_config.json"
-    return file.is_file() and bool(directory.read_json(file).get("chat_template"))
+    return has_chat_template(str(folder))
 
 
 def _scored_data(draft: _Draft) -> None:

@@ -18,14 +18,7 @@ from typing import ClassVar, Literal
 from megatron_patch.data.arguments import parse_blend
 from toolkits import positional
 from toolkits.model_checkpoints_convertor import sizes
-from toolkits.positional import MEGATRON_LM, NONE, Role, one_of, whole
-
-PATCH = Role(
-    "a checkout of the patch; this one does it",
-    "must be a directory with megatron_patch/ in it, or none",
-    lambda text: text == NONE or (Path(text) / "megatron_patch").is_dir(),
-)
-
+from toolkits.positional import MEGATRON_LM, NONE, PATCH, Role, one_of, whole
 
 # -------------------------------------------------------------------------------------------------------- what is given
 
@@ -255,8 +248,13 @@ _EPOCHS = "--lr-decay-style cosine --weight-decay 0.1 --eval-interval 1000"
 
 _OLD, _NEW = "ENV MEGATRON_PATH MEGATRON_PATCH_PATH", "ENV MEGATRON_PATCH_PATH"
 _SIZES = "MODEL_SIZE BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR SEQ_LEN PAD_LEN EXTRA_VOCAB_SIZE PR TP PP AC DO FL SP"
-_FT_SIZES = "MODEL_SIZE BATCH_SIZE LR MIN_LR SEQ_LEN PAD_LEN EXTRA_VOCAB_SIZE PR TP PP AC DO FL SP"
-_TOKENS = "SAVE_INTERVAL DATASET_PATH PRETRAIN_CHECKPOINT_PATH TRAIN_TOKENS WARMUP_TOKENS OUTPUT_BASEPATH"
+_FT_SIZES = _SIZES.replace(" GLOBAL_BATCH_SIZE", "")
+_CKPT_TOKENS = "PRETRAIN_CHECKPOINT_PATH TRAIN_TOKENS WARMUP_TOKENS OUTPUT_BASEPATH"
+_TOKENS = f"SAVE_INTERVAL DATASET_PATH {_CKPT_TOKENS}"
+_CHATGLM = (
+    f"{_SIZES.replace(' SEQ_LEN', ' S_T_SEQ_LEN')} SAVE_INTERVAL TRAIN_DATASET_PATH=indexed"
+    f" VALID_DATASET_PATH=indexed_valid {_CKPT_TOKENS}"
+)
 _EPOCH = "TRAIN_DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH EPOCH OUTPUT_BASEPATH"
 _CKPT_ITERS = "PRETRAIN_CHECKPOINT_PATH TRAIN_ITERS LR_WARMUP_ITERS OUTPUT_BASEPATH"
 _ITERS = f"SAVE_INTERVAL DATASET_PATH=sft_train {_CKPT_ITERS}"
@@ -267,7 +265,10 @@ _MCORE = (
     " PRETRAIN_CHECKPOINT_PATH TRAIN_TOKENS_OR_ITERS WARMUP_TOKENS_OR_ITERS OUTPUT_BASEPATH"
 )
 _SAMPLING = "TOP_K INPUT_SEQ_LEN OUTPUT_SEQ_LEN INPUT_FILE OUTPUT_FILE TOP_P TEMPERATURE REPETITION_PENALTY"
+_PROMPTED = f"CHECKPOINT_PATH MODEL_SIZE TP BS SEQ_LEN PAD_LEN EXTRA_VOCAB_SIZE PR {_SAMPLING}"
+_READ_SIZES = "MODEL_SIZE BATCH_SIZE SEQ_LEN PAD_LEN EXTRA_VOCAB_SIZE PR TP PP"
 _SCORED = "DATASET_PATH=scored PRETRAIN_CHECKPOINT_PATH"
+_SCORED_TE = f"{_READ_SIZES} AC DO FL SP TE {_SCORED}"
 
 # fmt: off
 ORDERS: Mapping[str, Order] = positional.by_word(
@@ -275,12 +276,7 @@ ORDERS: Mapping[str, Order] = positional.by_word(
     Order("pretrain-2023", f"{_OLD} {_SIZES} {_TOKENS}", "pretrain", _LINEAR, "98,2,0"),
     Order("pretrain-te-2023", f"{_OLD} {_SIZES} TE {_TOKENS}", "pretrain", _LINEAR, "98,2,0"),
     Order("pretrain-bloom-2023", f"{_OLD} {_SIZES.replace(' PAD_LEN', '')} {_TOKENS}", "pretrain", _LINEAR, "98,2,0"),
-    Order(
-        "pretrain-chatglm-2023",
-        f"{_OLD} {_SIZES.replace(' SEQ_LEN', ' S_T_SEQ_LEN')} SAVE_INTERVAL TRAIN_DATASET_PATH=indexed"
-        " VALID_DATASET_PATH=indexed_valid PRETRAIN_CHECKPOINT_PATH TRAIN_TOKENS WARMUP_TOKENS OUTPUT_BASEPATH",
-        "pretrain", _LINEAR, "98,2,0",
-    ),
+    Order("pretrain-chatglm-2023", f"{_OLD} {_CHATGLM}", "pretrain", _LINEAR, "98,2,0"),
     Order(
         "pretrain-glm130b-2023",
         f"{_OLD} MODEL_SIZE BATCH_SIZE GLOBAL_BATCH_SIZE SEQ_LEN GEN_LEN LR MIN_LR PR TP PP AC DO FL SP {_TOKENS}",
@@ -293,12 +289,7 @@ ORDERS: Mapping[str, Order] = positional.by_word(
     ),
     # Pretraining, 2024
     Order("pretrain", f"{_NEW} {_SIZES} TE {_TOKENS}", "pretrain", _LINEAR),
-    Order(
-        "pretrain-chatglm",
-        f"{_NEW} {_SIZES.replace(' SEQ_LEN', ' S_T_SEQ_LEN')} SAVE_INTERVAL TRAIN_DATASET_PATH=indexed"
-        " VALID_DATASET_PATH=indexed_valid PRETRAIN_CHECKPOINT_PATH TRAIN_TOKENS WARMUP_TOKENS OUTPUT_BASEPATH",
-        "pretrain", _LINEAR,
-    ),
+    Order("pretrain-chatglm", f"{_NEW} {_CHATGLM}", "pretrain", _LINEAR),
     Order("pretrain-moe", f"{_NEW} {_SIZES} TE MOE {_TOKENS}", "pretrain", _COSINE),
     Order("pretrain-ep", f"{_HEAD} EP AC DO FL SP {_TOKENS}", "pretrain", _COSINE),
     Order("pretrain-ep-te", f"{_HEAD} EP AC DO FL SP TE {_TOKENS}", "pretrain", _COSINE),
@@ -323,37 +314,19 @@ ORDERS: Mapping[str, Order] = positional.by_word(
     Order("finetune-ep", f"{_HEAD} EP AC DO FL SP {_GA}", "finetune", _COSINE),
     Order("finetune-ep-te", f"{_HEAD} EP AC DO FL SP TE {_GA}", "finetune", _COSINE),
     # Generation
-    Order(
-        "generate-2023",
-        f"{_OLD} CHECKPOINT_PATH MODEL_SIZE TP BS SEQ_LEN PAD_LEN EXTRA_VOCAB_SIZE PR {_SAMPLING}", "generate",
-    ),
+    Order("generate-2023", f"{_OLD} {_PROMPTED}", "generate"),
     Order(
         "generate-bloom-2023",
         f"{_OLD} TOKENIZER CHECKPOINT_PATH MODEL_SIZE TP BS SEQ_LEN PR {_SAMPLING}", "generate",
     ),
-    Order(
-        "generate-starcoder-2023",
-        f"{_OLD} CHECKPOINT_PATH MODEL_SIZE TP BS SEQ_LEN PAD_LEN PR {_SAMPLING}", "generate",
-    ),
-    Order(
-        "generate",
-        f"{_NEW} CHECKPOINT_PATH MODEL_SIZE TP BS SEQ_LEN PAD_LEN EXTRA_VOCAB_SIZE PR {_SAMPLING}", "generate",
-    ),
+    Order("generate-starcoder-2023", f"{_OLD} {_PROMPTED.replace(' EXTRA_VOCAB_SIZE', '')}", "generate"),
+    Order("generate", f"{_NEW} {_PROMPTED}", "generate"),
     # Evaluation
-    Order(
-        "evaluate-2023",
-        f"{_OLD} MODEL_SIZE BATCH_SIZE SEQ_LEN PAD_LEN EXTRA_VOCAB_SIZE PR TP PP {_SCORED}", "evaluate",
-    ),
-    Order(
-        "evaluate-te-2023",
-        f"{_OLD} MODEL_SIZE BATCH_SIZE SEQ_LEN PAD_LEN EXTRA_VOCAB_SIZE PR TP PP AC DO FL SP TE {_SCORED}", "evaluate",
-    ),
+    Order("evaluate-2023", f"{_OLD} {_READ_SIZES} {_SCORED}", "evaluate"),
+    Order("evaluate-te-2023", f"{_OLD} {_SCORED_TE}", "evaluate"),
     Order("evaluate-short-2023", f"{_OLD} MODEL_SIZE BATCH_SIZE SEQ_LEN PR TP PP {_SCORED}", "evaluate"),
     Order("evaluate-glm130b-2023", f"{_OLD} MODEL_SIZE BATCH_SIZE SEQ_LEN GEN_LEN PR TP PP {_SCORED}", "evaluate"),
-    Order(
-        "evaluate",
-        f"{_NEW} MODEL_SIZE BATCH_SIZE SEQ_LEN PAD_LEN EXTRA_VOCAB_SIZE PR TP PP AC DO FL SP TE {_SCORED}", "evaluate",
-    ),
+    Order("evaluate", f"{_NEW} {_SCORED_TE}", "evaluate"),
 )
 """Every order, by the word that names it."""
 # fmt: on

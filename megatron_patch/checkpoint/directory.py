@@ -169,8 +169,13 @@ def write_tracker(root: str | Path, iteration: int | None) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that either all of it or its former content is there, and on disk."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for bytes."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, "utf-8")
+    temporary.write_bytes(content)
     sync(temporary)
     temporary.rename(path)
     sync(path.parent)

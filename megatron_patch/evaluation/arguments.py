@@ -12,7 +12,7 @@ from typing import Literal
 
 from megatron_patch.checkpoint.directory import huggingface_directory, is_huggingface, is_megatron, locate
 from megatron_patch.data.arguments import raise_problems
-from megatron_patch.training.arguments import ParallelArgs
+from megatron_patch.training.arguments import ParallelArgs, too_small
 
 _COUNTS = ("micro_batch_size", "seq_length", "stride", "max_documents", "distributed_timeout_minutes")
 
@@ -88,10 +88,7 @@ class EvaluateArgs:
     def validate(self) -> None:
         """Raises ValueError naming everything that is wrong with these arguments."""
         problems = [*self._place_problems(), *self._data_problems(), *self.layout.problems(), *self._window_problems()]
-        for name in _COUNTS:
-            if (value := getattr(self, name)) is not None and value < 1:
-                problems.append(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        raise_problems(problems)
+        raise_problems([*problems, *too_small(self, _COUNTS)])
 
     def check_world(self, num_processes: int) -> None:
         """Raises ValueError unless the layout fits this many processes."""

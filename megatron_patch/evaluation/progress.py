@@ -14,11 +14,11 @@ class Progress:
     """Counts scored tokens; a context manager."""
 
     def __init__(self, total: int, quiet: bool) -> None:
-        self._total, self._done, self._quiet = total, 0, quiet
+        self._total, self._done = total, 0
         self._plain = not quiet and not sys.stderr.isatty()
         self._bar = tqdm(total=total, unit=" tokens", desc="evaluate", disable=quiet or self._plain, leave=False)
         self.seconds = 0.0
-        """Since the beginning, at the last step."""
+        """From the beginning to the end, once that is there."""
 
     def __enter__(self) -> Progress:
         self._start = self._last = time.monotonic()

@@ -4,9 +4,9 @@
     ids, lengths = recipe.build().encode_batch(texts)     # in a worker: neither torch nor transformers
 
 The reference is Hugging Face's tokenizer with special tokens as text (`Tokenizer.encode_batch`). The others repeat its
-work in their own code, 4 to 20 times as fast, and none of them is trusted: an engine is used only after it gave
-the same ids for the first documents and for texts made to be hard, and one document in a thousand is encoded twice
-while it runs. What is chosen depends on what is installed and on the tokenizer, never on a clock.
+work in their own code, several times as fast (benchmarks/engines.py), and none of them is trusted: an engine is used
+only after it gave the same ids for the first documents and for texts made to be hard, and one document in a thousand is
+encoded twice while it runs. What is chosen depends on what is installed and on the tokenizer, never on a clock.
 
 It does not know files of documents, processes or dtypes of a dataset.
 """
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
+from megatron_patch.tokenizer.byte_letters import byte_of, letters
 from megatron_patch.tokenizer.encoder import EncoderRecipe
 from megatron_patch.tokenizer.hf import Tokenizer, load_tokenizer
 
@@ -452,7 +453,7 @@ def _stand_ins(tokenizer: Tokenizer, reference: EncoderRecipe) -> int | None:
 
 
 def _lacking(vocabulary: Mapping[str, int]) -> list[str]:
-    return [letter for letter in _byte_letters().values() if letter not in vocabulary]
+    return [letter for letter in letters() if letter not in vocabulary]
 
 
 def _words(content: Mapping[str, Any]) -> str:
@@ -480,7 +481,7 @@ def _normalizer(content: Mapping[str, Any]) -> str | None:
 
 def _ranks(content: Mapping[str, Any]) -> dict[bytes, int]:
     """Tokens as bytes with their ids, which are tiktoken's ranks where merges come in the order of their ids."""
-    model, byte_of = content["model"], {letter: byte for byte, letter in _byte_letters().items()}
+    model = content["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
         raise ValueError("it is no byte-level BPE")
     merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
@@ -489,26 +490,13 @@ def _ranks(content: Mapping[str, Any]) -> dict[bytes, int]:
         raise ValueError("its merges are not in the order of their ids")
     added = {token["content"] for token in content["added_tokens"]}
     vocabulary = ((token, number) for token, number in model["vocab"].items() if token not in added)
-    return {bytes(byte_of[letter] for letter in token): number for token, number in vocabulary}
-
-
-def _byte_letters() -> dict[int, str]:
-    """GPT-2's letter for each byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {bytes(map(byte_of().__getitem__, token)): number for token, number in vocabulary}
 
 
 def _sentencepiece_file(directory: Path) -> str | None:
-    from sentencepiece import SentencePieceProcessor
+    from megatron_patch.tokenizer.sentencepiece_model import is_proto
 
-    for file in sorted(directory.glob("*.model")):
-        try:
-            SentencePieceProcessor(model_file=str(file))
-        except (OSError, RuntimeError):  # other tokenizers call their files so too
-            continue
-        return str(file)
-    return None
+    return next((str(file) for file in sorted(directory.glob("*.model")) if is_proto(file)), None)
 
 
 def _is_byte_level(recipe: EngineRecipe) -> bool:
@@ -531,5 +519,5 @@ _KINDS = {
     "sentencepiece": _Kind("sentencepiece", _sentencepiece, lambda recipe: recipe.sentencepiece_file is not None),
     "hf": _Kind("tokenizers", _hf, lambda recipe: True),
 }
-"""The fastest first, as benchmarks/tokenizers.py measures them on Chinese and English text."""
+"""The fastest first, as benchmarks/engines.py measures them on Chinese and English text."""
 NAMES = tuple(_KINDS)

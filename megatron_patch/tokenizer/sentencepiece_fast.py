@@ -35,7 +35,8 @@ from megatron_patch.tokenizer.sentencepiece_model import (
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 _CLASSES = ("LlamaTokenizer", "TokenizersBackend")
 """Classes of transformers that read a tokenizer.model as it stands: its ids, and no rules of their own."""
-_KEPT = ("chat_template", "model_max_length", "padding_side", "truncation_side", "model_input_names")
+KEPT = ("chat_template", "model_max_length", "padding_side", "truncation_side", "model_input_names")
+"""What of a directory's settings a tokenizer that is made anew takes over, beside roles."""
 _FIRST = (
     pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
     pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=False),
@@ -99,7 +100,7 @@ def _made_slow(hf: Any, file: Path, proto: ModelProto) -> Any:
     from megatron_patch.tokenizer.published import PublishedSentencePiece, Specials
 
     roles = {role: str(token) for role, token in hf.special_tokens_map.items() if isinstance(token, str)}
-    kept = {name: getattr(hf, name) for name in _KEPT if getattr(hf, name, None) is not None}
+    kept = {name: getattr(hf, name) for name in KEPT if getattr(hf, name, None) is not None}
     before, behind = (
         [roles[f"{name}_token"]] * bool(getattr(hf, f"add_{name}_token", False)) for name in ("bos", "eos")
     )

@@ -45,10 +45,7 @@ class ParallelArgs:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these values."""
-        sizes = {name: getattr(self, name) for name in _SIZES}
-        found = [
-            f"--{_flag(n)} {size}: must be at least 1" for n, size in sizes.items() if size is not None and size < 1
-        ]
+        found = too_small(self, _SIZES)
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             found.append("--sequence-parallel: needs --tensor-model-parallel-size of at least 2")
         if self.expert_model_parallel_size > 1 and self.tensor_model_parallel_size > 1 and not self.sequence_parallel:
@@ -172,7 +169,7 @@ class RunArgs:
             found.append("give where to start: --load CHECKPOINT, or --hf-config DIR for random weights (one of them)")
         if self.save_interval is not None and self.save is None:
             found.append("--save-interval: needs --save DIR")
-        found += _too_small(self, _COUNTS)
+        found += too_small(self, _COUNTS)
         if self.eval_iters is not None and self.eval_iters < 0:
             found.append(f"--eval-iters {self.eval_iters}: must not be negative")
         return found
@@ -224,7 +221,7 @@ class PretrainArgs(TrainingArgs, DataSpec):
 
     def validate(self) -> None:
         """Raises ValueError naming everything that is wrong with these arguments."""
-        problems = [*self.problems(), *_too_small(self, ("train_tokens",))]
+        problems = [*self.problems(), *too_small(self, ("train_tokens",))]
         if (self.train_iters is None) == (self.train_tokens is None):
             problems.append("give how long to train: --train-iters or --train-tokens (one of them)")
         if self.lr_warmup_iters is not None and self.lr_warmup_tokens is not None:
@@ -282,7 +279,7 @@ class FinetuneArgs(TrainingArgs, SftFormatArgs):
     def validate(self) -> None:
         """Raises ValueError naming everything that is wrong with these arguments."""
         problems = [*self.problems(), *self.row_problems(), *self.format_problems()]
-        problems += _too_small(self, ("epochs", "data_workers"))
+        problems += too_small(self, ("epochs", "data_workers"))
         if (self.train_iters is None) == (self.epochs is None):
             problems.append("give how long to train: --train-iters or --epochs (one of them)")
         if self.lr_warmup_iters is not None and self.lr_warmup_fraction is not None:
@@ -372,7 +369,8 @@ def _check_experts(args: TrainingArgs, data_parallel_size: int) -> None:
         )
 
 
-def _too_small(args: object, names: tuple[str, ...]) -> list[str]:
+def too_small(args: object, names: tuple[str, ...]) -> list[str]:
+    """What is wrong with those of these values that are given: they must be at least 1."""
     values = {name: getattr(args, name) for name in names}
     return [
         f"--{_flag(n)} {value}: must be at least 1" for n, value in values.items() if value is not None and value < 1

@@ -90,11 +90,8 @@ def _on_one_process(work: Callable[[], list[str]]) -> list[str]:
 def length(plan: Plan, rows: int, epochs: int | None) -> str:
     """How long the run is, and what becomes of the last batch; `rows` make an epoch."""
     wanted = plan.train_iters * plan.global_batch_size
-    text = f"{plan.train_iters} iterations of {plan.global_batch_size} rows: {wanted / rows:.4g} epochs of {rows}"
+    text = f"{plan.train_iters} iterations of {plan.global_batch_size} rows: "
     empty = wanted - epochs * rows if epochs else 0
     if empty <= 0:
-        return text
-    return (
-        f"{plan.train_iters} iterations of {plan.global_batch_size} rows: {epochs} x {rows}, and {empty} empty rows "
-        "that fill the last batch up and count for nothing"
-    )
+        return f"{text}{wanted / rows:.4g} epochs of {rows}"
+    return f"{text}{epochs} x {rows}, and {empty} empty rows that fill the last batch up and count for nothing"

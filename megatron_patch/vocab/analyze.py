@@ -122,13 +122,14 @@ def _count(old: Tokenizer, new: Tokenizer, corpus: Corpus) -> tuple[dict[str, La
     model, misread = _sentencepiece(old), 0
     for texts in batches(corpus):
         read, encoded = (tokenizer.encode_batch(texts, add_special_tokens=False) for tokenizer in (old, new))
-        for text, before, after in zip(texts, model.encode(texts) if model else read, encoded, strict=True):
+        own = model.encode(texts) if model else read
+        for text, before, after in zip(texts, own, encoded, strict=True):
             broken = new.decode(after) != text and old.decode(before) == text
             one = Language(1, len(text), len(before), len(after), int(before == after), int(broken))
             name = language(text)
             found[name] = found.get(name, Language()) + one
             seen.update(after)
-        misread += sum(a != b for a, b in zip(model.encode(texts), read, strict=True)) if model else 0
+        misread += sum(a != b for a, b in zip(own, read, strict=True))
     ordered = dict(sorted(found.items(), key=lambda item: -item[1].characters))
     return ordered | {"all": sum(found.values(), Language())}, seen, misread
 
@@ -141,11 +142,9 @@ def _sentencepiece(tokenizer: Tokenizer) -> SentencePieceProcessor | None:
 
 def draw(report: AnalyzeReport, path: Path) -> None:
     """A bar chart of tokens per character, old beside new, for each language."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.5 + 1.5 * len(report.languages), 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes, places = figure.subplots(), range(len(report.languages))
     rates = [(one.old_rate, one.new_rate) for one in report.languages.values()]
     for shift, side, size in ((-0.2, 0, report.old_size), (0.2, 1, report.new_size)):

@@ -51,7 +51,7 @@ class VocabTrainArgs:
     byte-level base."""
 
     input: tuple[str, ...]
-    """Files, directories or quoted globs: .jsonl or .txt, each also as .gz or .zst."""
+    """Files, directories or quoted globs: .jsonl, .json or .txt, each also as .gz or .zst, or .parquet."""
     output: str
     """The file to write: new.model for SentencePiece, new.json for a byte-level base."""
     base: str | None = None

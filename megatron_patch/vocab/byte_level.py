@@ -22,9 +22,11 @@ from tokenizers import Tokenizer as Backend
 
 from megatron_patch.checkpoint.directory import read_json
 from megatron_patch.tokenizer import load_tokenizer
+from megatron_patch.tokenizer.byte_letters import byte_of, letters
 from megatron_patch.tokenizer.conventions import recognise
+from megatron_patch.tokenizer.sentencepiece_model import SPACE
 from megatron_patch.vocab.pieces import RESERVED
-from megatron_patch.vocab.scripts import SPACE, has_cjk, is_cjk_piece
+from megatron_patch.vocab.scripts import has_cjk, is_cjk_piece
 
 JSON = "tokenizer.json"
 GPT2_FILES = ("vocab.json", "merges.txt")
@@ -70,7 +72,7 @@ class ByteLevel:
     def digest(self) -> str:
         """Says whether two bases have the same model, whatever their special tokens."""
         own = sorted((number, token) for token, number in self.model.items() if token not in self.added)
-        return hashlib.sha256(json.dumps([own, list(map(_spelled, self._merges))]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([own, list(map(spelled, self._merges))]).encode()).hexdigest()
 
     @property
     def _merges(self) -> list[Any]:
@@ -153,24 +155,12 @@ def spells_bytes(content: Mapping[str, Any]) -> bool:
     return any('"ByteLevel"' in json.dumps(content.get(step)) for step in ("normalizer", "pre_tokenizer"))
 
 
-def _spelled(merge: Any) -> str:
+def spelled(merge: Any) -> str:
+    """A merge as merges.txt has it; in a tokenizer.json it is that or a pair."""
     return merge if isinstance(merge, str) else " ".join(merge)
 
 
 # ---------------------------------------------------------------------------------------------------- bytes and letters
-
-
-@cache
-def letters() -> tuple[str, ...]:
-    """The letter of each byte: GPT-2's, which shows printable bytes as they are and the others from U+0100 on."""
-    shown = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return tuple(chr(byte if byte in shown else next(others)) for byte in range(256))
-
-
-@cache
-def _bytes() -> dict[str, int]:
-    return {letter: byte for byte, letter in enumerate(letters())}
 
 
 def spell(text: str) -> str:
@@ -180,7 +170,7 @@ def spell(text: str) -> str:
 
 def bytes_of(token: str) -> bytes | None:
     """The bytes that a token stands for; None where it is not spelled in bytes."""
-    return bytes(map(_bytes().__getitem__, token)) if _bytes().keys() >= set(token) else None
+    return bytes(map(byte_of().__getitem__, token)) if byte_of().keys() >= set(token) else None
 
 
 def is_cjk_token(token: str) -> bool:

@@ -14,13 +14,12 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from megatron_patch.checkpoint.directory import read_json, staging
+from megatron_patch.checkpoint.directory import staging
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 from megatron_patch.vocab.arguments import VocabMergeArgs
 from megatron_patch.vocab.byte_level import (
@@ -29,17 +28,15 @@ from megatron_patch.vocab.byte_level import (
     ByteLevel,
     backend,
     load_merges,
+    spelled,
 )
 from megatron_patch.vocab.byte_level_choice import Choice, words_of
 from megatron_patch.vocab.corpus import Corpus, batches
-from megatron_patch.vocab.merge_report import PROBES, MergeReport, Outcome, Tally
+from megatron_patch.vocab.fast import SETTINGS, set_class
+from megatron_patch.vocab.merge_report import MergeReport, Outcome, compared_texts
 from megatron_patch.vocab.note import EXTENSION, write_note
-from megatron_patch.vocab.scripts import has_cjk
 
-SETTINGS = "tokenizer_config.json"
 _SIDE_FILES = (SETTINGS, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
-GENERIC = "PreTrainedTokenizerFast"
-"""The class that every version of transformers reads tokenizer.json with as it stands."""
 
 
 def merge_byte_level(args: VocabMergeArgs, base: ByteLevel) -> MergeReport:
@@ -61,7 +58,7 @@ def merge_byte_level(args: VocabMergeArgs, base: ByteLevel) -> MergeReport:
     size = len(content["model"]["vocab"])
     with staging(args.output, args.overwrite) as staged:
         _write(base, content, staged)
-        outcome = _agreeing(base, content, staged, lambda: _texts(corpus, args.check_documents))
+        outcome = _agreeing(base, content, staged, lambda: compared_texts(corpus, args.check_documents))
         write_note(staged, EXTENSION, {"base_size": base.size, "size": size, "reserved": reserved})
     return MergeReport(
         output=args.output,
@@ -78,10 +75,6 @@ def merge_byte_level(args: VocabMergeArgs, base: ByteLevel) -> MergeReport:
     )
 
 
-def _texts(corpus: Corpus | None, limit: int) -> Iterable[str]:
-    return chain(PROBES, islice(corpus or (), limit or None))
-
-
 # --------------------------------------------------------------------------------------------------- writing, comparing
 
 
@@ -93,21 +86,13 @@ def _write(base: ByteLevel, content: Mapping[str, Any], directory: Path) -> None
                 shutil.copyfile(base.directory / name, directory / name)
     else:
         load_tokenizer(base.directory).hf.save_pretrained(str(directory))
-        _set_class(directory)
+        set_class(directory)
     (directory / JSON).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
     if base.published and all((base.directory / name).is_file() for name in GPT2_FILES):
         vocab, merges = content["model"]["vocab"], content["model"]["merges"]
-        lines = ["#version: 0.2", *(one if isinstance(one, str) else " ".join(one) for one in merges)]
+        lines = ["#version: 0.2", *map(spelled, merges)]
         (directory / GPT2_FILES[0]).write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
         (directory / GPT2_FILES[1]).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _set_class(directory: Path) -> None:
-    """Has transformers read tokenizer.json as it stands, whatever class of its own the base names."""
-    file = directory / SETTINGS
-    settings = (read_json(file) if file.is_file() else {}) | {"tokenizer_class": GENERIC}
-    settings.pop("auto_map", None)
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _agreeing(base: ByteLevel, content: Mapping[str, Any], staged: Path, texts: Callable[[], Iterable[str]]) -> Outcome:
@@ -121,7 +106,7 @@ def _agreeing(base: ByteLevel, content: Mapping[str, Any], staged: Path, texts: 
             outcome, differing = _compare(old, merged, ours, texts())
         if not differing:
             return outcome
-        _set_class(staged)
+        set_class(staged)
     raise ValueError(
         f"tokenizers and transformers do not agree on {base.directory}: they differ on {differing[:200]!r}"
     )
@@ -152,16 +137,13 @@ def _other_ids(content: Mapping[str, Any], merged: Tokenizer) -> str:
 
 def _compare(old: Tokenizer, merged: Tokenizer, ours: Backend, texts: Iterable[str]) -> tuple[Outcome, str]:
     """Compares ids and round trips; also returns the first text on which the libraries differ."""
-    tally = Tally()
+    outcome = Outcome()
     for batch in batches(texts):
         before, after = (one.encode_batch(batch, add_special_tokens=False) for one in (old, merged))
         expected = [one.ids for one in ours.encode_batch(batch, add_special_tokens=False)]
         for text, was, one, other in zip(batch, before, after, expected, strict=True):
             if one != other:
                 return Outcome(), text
-            tally.add("documents")
             broken = merged.decode(one) != text or ours.decode(one, skip_special_tokens=False) != text
-            tally.add("round_trip_failures", broken and old.decode(was) == text)
-            tally.add("other_documents", not has_cjk(text))
-            tally.add("other_changed", not has_cjk(text) and one != was)
-    return tally.outcome(), ""
+            outcome.add(text, broken=broken and old.decode(was) == text, changed=one != was)
+    return outcome, ""

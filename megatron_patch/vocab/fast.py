@@ -14,13 +14,14 @@ from typing import Any
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Tokenizer, processors
 
-from megatron_patch.tokenizer.sentencepiece_fast import backend
+from megatron_patch.checkpoint.directory import read_json
+from megatron_patch.tokenizer.sentencepiece_fast import KEPT, backend
 from megatron_patch.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED
 
-CLASS = "PreTrainedTokenizerFast"
+SETTINGS = "tokenizer_config.json"
+_CLASS = "PreTrainedTokenizerFast"
 """The class that every version of transformers reads tokenizer.json with as it stands."""
 _ROLES = ("unk_token", "bos_token", "eos_token", "pad_token")
-_KEPT = ("chat_template", "model_max_length", "padding_side", "truncation_side", "model_input_names")
 
 
 def save(proto: ModelProto, settings: Mapping[str, Any], directory: Path) -> None:
@@ -35,14 +36,20 @@ def save(proto: ModelProto, settings: Mapping[str, Any], directory: Path) -> Non
     from transformers import PreTrainedTokenizerFast
 
     roles = {role: _content(settings[role]) for role in _ROLES if settings.get(role) is not None}
-    kept = {name: settings[name] for name in _KEPT if settings.get(name) is not None}
+    kept = {name: settings[name] for name in KEPT if settings.get(name) is not None}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_with_specials(proto, settings, roles), clean_up_tokenization_spaces=False, **roles, **kept
     )
     tokenizer.save_pretrained(str(directory))
-    file = directory / "tokenizer_config.json"
-    written = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": CLASS}
-    file.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    set_class(directory)
+
+
+def set_class(directory: Path) -> None:
+    """Has transformers read a directory's tokenizer.json as it stands, whatever class of its own it names."""
+    file = directory / SETTINGS
+    settings = (read_json(file) if file.is_file() else {}) | {"tokenizer_class": _CLASS}
+    settings.pop("auto_map", None)
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def default_settings(proto: ModelProto) -> dict[str, Any]:

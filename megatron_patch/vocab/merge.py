@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from megatron_patch.checkpoint.directory import read_json, staging
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 from megatron_patch.tokenizer.conventions import Recognised, recognise
 from megatron_patch.tokenizer.hf import tokenizer_files
+from megatron_patch.tokenizer.sentencepiece_fast import JSON, MODEL
 from megatron_patch.tokenizer.sentencepiece_model import UNUSED, load_proto, processor
 from megatron_patch.vocab.arguments import VocabMergeArgs
 from megatron_patch.vocab.byte_level import open_byte_level
 from megatron_patch.vocab.byte_level_merge import merge_byte_level
 from megatron_patch.vocab.corpus import Corpus, batches
-from megatron_patch.vocab.fast import default_settings, save
-from megatron_patch.vocab.merge_report import PROBES, MergeReport, Outcome, Tally
+from megatron_patch.vocab.fast import SETTINGS, default_settings, save
+from megatron_patch.vocab.merge_report import MergeReport, Outcome, compared_texts
 from megatron_patch.vocab.note import EXTENSION, write_note
 from megatron_patch.vocab.pieces import (
     extend,
@@ -39,9 +40,8 @@ from megatron_patch.vocab.pieces import (
     require_bpe,
     supported,
 )
-from megatron_patch.vocab.scripts import has_cjk, is_cjk_piece
+from megatron_patch.vocab.scripts import is_cjk_piece
 
-MODEL, JSON, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _ROUNDS = 8
 
 
@@ -196,11 +196,11 @@ def _write_agreeing(base: Base, choice: _Choice, staged: Path, args: VocabMergeA
     for _ in range(_ROUNDS):
         proto = choice.proto()
         write_tokenizer(base, proto, staged)
-        texts = chain(PROBES, islice(corpus or (), args.check_documents or None))
-        outcome, culprits = _compare(base, proto, load_tokenizer(staged), texts)
+        merged = load_tokenizer(staged)
+        outcome, culprits = _compare(base, proto, merged, compared_texts(corpus, args.check_documents))
         new = culprits & set(choice.pieces)
         if not culprits:
-            _check_ids(choice.base, proto, load_tokenizer(staged))
+            _check_ids(choice.base, proto, merged)
             return outcome
         if not new:
             break
@@ -240,17 +240,14 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _compare(base: Base, proto: ModelProto, merged: Tokenizer, texts: Iterable[str]) -> tuple[Outcome, set[str]]:
     """Compares ids and round trips, and names the tokens on which the libraries differ."""
-    old_sp, new_sp, tally, culprits = processor(base.proto), processor(proto), Tally(), set()
+    old_sp, new_sp, outcome, culprits = processor(base.proto), processor(proto), Outcome(), set()
     for batch in batches(texts):
         ours, theirs = new_sp.encode(batch), merged.encode_batch(batch, add_special_tokens=False)
         for text, one, other, was in zip(batch, ours, theirs, old_sp.encode(batch), strict=True):
-            tally.add("documents")
             culprits |= {proto.pieces[i].piece for i in _difference(one, other)}
             broken = new_sp.decode(one) != text or merged.decode(other) != text
-            tally.add("round_trip_failures", broken and old_sp.decode(was) == text)
-            tally.add("other_documents", not has_cjk(text))
-            tally.add("other_changed", not has_cjk(text) and one != was)
-    return tally.outcome(), culprits
+            outcome.add(text, broken=broken and old_sp.decode(was) == text, changed=one != was)
+    return outcome, culprits
 
 
 def _difference(one: list[int], other: list[int]) -> set[int]:

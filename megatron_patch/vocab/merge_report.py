@@ -5,8 +5,11 @@ It knows no kind of tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
+
+from megatron_patch.vocab.scripts import has_cjk
 
 PROBES = (
     "The capital of France is Paris.",
@@ -20,6 +23,11 @@ PROBES = (
     "def f(x):\n    return x ** 2  # 12345.678\n",
 )
 """Text that is hard on tokenizers; both libraries must agree on it, whatever the corpus."""
+
+
+def compared_texts(corpus: Iterable[str] | None, limit: int) -> Iterator[str]:
+    """What two libraries are compared on: PROBES and so many documents of the corpus (0: all)."""
+    return chain(PROBES, islice(corpus or (), limit or None))
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class MergeReport:
         yield "time", f"{self.seconds:.1f} s"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """What comparing a written tokenizer with another library and with the base found."""
 
@@ -77,12 +85,10 @@ class Outcome:
     other_documents: int = 0
     other_changed: int = 0
 
-
-class Tally(dict[str, int]):
-    """Counts by name."""
-
-    def add(self, name: str, count: int = 1) -> None:
-        self[name] = self.get(name, 0) + count
-
-    def outcome(self) -> Outcome:
-        return Outcome(**self)
+    def add(self, text: str, *, broken: bool, changed: bool) -> None:
+        """Counts a document; see `MergeReport`."""
+        other = not has_cjk(text)
+        self.documents += 1
+        self.round_trip_failures += broken
+        self.other_documents += other
+        self.other_changed += other and changed

@@ -1,14 +1,13 @@
 """Which characters belong to which writing system, as far as vocabulary extension asks.
 
-It knows Unicode's blocks only: no tokenizers.
+It knows Unicode's blocks and SentencePiece's sign for a space: no tokenizers.
 """
 
 from __future__ import annotations
 
 import re
 
-SPACE = "\u2581"
-"""SentencePiece's sign for a space."""
+from megatron_patch.tokenizer.sentencepiece_model import SPACE
 
 _HAN = "\u2e80-\u2fdf\u3005\u3007\u3021-\u3029\u31c0-\u31ef\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _KANA = "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"

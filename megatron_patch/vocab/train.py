@@ -11,7 +11,6 @@ does not know what is taken of it.
 from __future__ import annotations
 
 import io
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_patch.checkpoint.directory import sync
+from megatron_patch.checkpoint.directory import write_bytes
 from megatron_patch.vocab.arguments import VocabTrainArgs
 from megatron_patch.vocab.byte_level import ByteLevel, dump_merges, open_byte_level
 from megatron_patch.vocab.byte_level_train import learn, sample_lines
@@ -63,7 +62,9 @@ def train(args: VocabTrainArgs) -> TrainReport:
     corpus = Corpus(args.input, args.text_key)
     lines = _Documents(corpus) if base else _Lines(corpus)
     content, pieces = _merges(args, base, lines) if base else _model(args, lines)
-    _write(Path(args.output), content)
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(output, content)
     seconds = time.perf_counter() - start
     return TrainReport(args.output, pieces, lines.count, lines.characters, dict(corpus.skipped), seconds)
 
@@ -123,12 +124,3 @@ class _Lines:
                     piece = line[start : start + longest]
                     self.count, self.characters = self.count + 1, self.characters + len(piece)
                     yield piece
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(content)
-    sync(temporary)
-    temporary.rename(path)
-    sync(path.parent)

@@ -659,6 +659,8 @@ def test_records_take_the_tokenizers_own_template_or_the_predecessors_prompt(pla
     config.write_text('{"chat_template": "{{ messages }}"}')
     assert planned("mcore", SFT_MCORE, capsys).chat_template == "tokenizer"
     config.write_text("{}")
+    (config.parent / "chat_template.json").touch()  # a processor's, which a tokenizer does not read
+    assert planned("mcore", SFT_MCORE, capsys).chat_template == "instruction"
     (config.parent / "chat_template.jinja").touch()
     assert planned("mcore", SFT_MCORE, capsys).chat_template == "tokenizer"
     monkeypatch.setenv("CHAT_TEMPLATE", "chatml")

@@ -88,7 +88,12 @@ def test_a_tokenized_set_of_longer_samples_is_refused(place: Path, pool: Any) ->
     prefix = str(place / "tokenized")
     build(
         SftDataArgs(
-            (str(place / "train.jsonl"),), prefix, str(place / "hf"), 256, chat_template="instruction", overwrite=True
+            input=(str(place / "train.jsonl"),),
+            output_prefix=prefix,
+            tokenizer_model=str(place / "hf"),
+            seq_length=256,
+            chat_template="instruction",
+            overwrite=True,
         ),
         lambda line: None,
     )

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from megatron_patch.tokenizer import load_tokenizer
 from megatron_patch.tokenizer.sentencepiece_model import load_proto
 from megatron_patch.vocab.arguments import VocabMergeArgs
-from megatron_patch.vocab.merge import PROBES, merge
+from megatron_patch.vocab.merge import merge
+from megatron_patch.vocab.merge_report import PROBES, Outcome
 from megatron_patch.vocab.pieces import extend, reachable, supported
 from megatron_patch.vocab.scripts import is_cjk_piece, language
 from tests.vocab import make
@@ -195,6 +196,14 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(tmp_path, base, pro
     with pytest.raises(ValueError, match=match):
         merge_into(tmp_path, base, new)
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_changed_ids_count_where_a_text_has_no_chinese_and_lost_text_everywhere():
+    outcome = Outcome()
+    outcome.add("the city", broken=False, changed=True)
+    outcome.add("the city", broken=True, changed=False)
+    outcome.add("天气", broken=True, changed=True)
+    assert outcome == Outcome(documents=3, round_trip_failures=2, other_documents=2, other_changed=1)
 
 
 def test_an_existing_output_is_only_replaced_on_request(tmp_path, base):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from megatron_patch.checkpoint.directory import is_megatron, read_config, read_json
 from toolkits.model_checkpoints_convertor import sizes
 from toolkits.model_checkpoints_convertor.orders import DTYPES, Order
-from toolkits.positional import NONE, Command, choice_problems, extra_flags
+from toolkits.positional import NONE, Command, Draft, choice_problems, whole
 
 ENVIRONMENT = {
     "CKPT_FORMAT": "format of the Megatron checkpoint to write: torch_dist or legacy, whatever the order's own is",
@@ -41,18 +40,7 @@ _LAYOUT_FLAGS = (*_LAYOUT.values(), "--decoder-first-pipeline-num-layers", "--de
 _UNUSED_BY_VERIFY = "not needed: CHECK_ONLY converts nothing"
 
 
-@dataclass
-class _Draft:
-    """A command in the making."""
-
-    order: Order
-    values: Mapping[str, str]
-    environment: Mapping[str, str]
-    flags: list[str] = field(default_factory=list)
-    effects: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
+class _Draft(Draft[Order]):
     @property
     def to_huggingface(self) -> bool:
         return self.is_on("to_huggingface")
@@ -77,18 +65,6 @@ class _Draft:
         folder = _config_folder(self)
         return read_json(Path(folder) / "config.json") if folder else None
 
-    def is_on(self, role: str) -> bool:
-        return self.values.get(role) == "true"
-
-    def name(self, role: str) -> str:
-        """`argument 3 NAME` of the order's argument with a role."""
-        return self.order.name(role)
-
-    def use(self, role: str, *flag: str) -> None:
-        """Give the command a flag and note it as the argument's effect."""
-        self.flags += flag
-        self.effects[role] = shlex.join(flag)
-
 
 def command(order: Order, values: Mapping[str, str], environment: Mapping[str, str]) -> Command:
     """The command for a call.
@@ -103,15 +79,9 @@ def command(order: Order, values: Mapping[str, str], environment: Mapping[str, s
             step(draft)
     if draft.problems:
         raise ValueError("\n".join(draft.problems))
-    extra = _extra_flags(draft)
+    extra = draft.more_flags("CONVERT_ARGS")
     name = "verify" if draft.is_on("check_only") else "convert"
     return Command((name, *draft.flags, *extra), draft.effects, tuple(draft.warnings))
-
-
-def _extra_flags(draft: _Draft) -> list[str]:
-    if extra := extra_flags(draft.environment, "CONVERT_ARGS"):
-        draft.effects["CONVERT_ARGS"] = "added to the command"
-    return extra
 
 
 # ------------------------------------------------------------------------------------------------- where from, where to
@@ -121,14 +91,12 @@ def _paths(draft: _Draft) -> None:
     source = draft.values["source"]
     found = _is_checkpoint(source)
     if draft.to_huggingface and not found and _carries_config(source):
-        draft.problems.append(
-            f"{draft.name('source')}={source!r}: a Hugging Face directory, but {draft.name('to_huggingface')}=true"
-            " wants a Megatron checkpoint; to convert to Megatron give false"
-        )
+        wants = f"{draft.order.name('to_huggingface')}=true wants a Megatron checkpoint"
+        draft.refuse("source", f"a Hugging Face directory, but {wants}; to convert to Megatron give false")
     elif not draft.to_huggingface and (found or not _carries_config(source)):
         back = "; mg2hf is for the way back" if "to_huggingface" in draft.values else ""
         what = f"it is a Megatron checkpoint{back}" if found else "config.json is missing"
-        draft.problems.append(f"{draft.name('source')}={source!r}: must be a Hugging Face directory, but {what}")
+        draft.refuse("source", f"must be a Hugging Face directory, but {what}")
     draft.use("source", "--source", source)
     draft.use("target", "--target", draft.values["target"])
 
@@ -159,11 +127,9 @@ def _config(draft: _Draft) -> None:
         draft.effects["config" if folder == given else "HF_CONFIG"] = shlex.join(["--hf-config", folder])
     else:
         has_place = any(one.role == "config" for one in draft.order.arguments)
-        give = f"{draft.name('config')}, or " if has_place else ""
-        draft.problems.append(
-            f"{draft.name('source')}={draft.values['source']!r}: this checkpoint does not carry the model's"
-            f" config.json; give {give}the environment variable HF_CONFIG: a directory that has it"
-        )
+        give = f"{draft.order.name('config')}, or " if has_place else ""
+        what = f"give {give}the environment variable HF_CONFIG: a directory that has it"
+        draft.refuse("source", f"this checkpoint does not carry the model's config.json; {what}")
 
 
 def _config_folder(draft: _Draft) -> str | None:
@@ -216,10 +182,11 @@ def _layout(draft: _Draft) -> None:
 
 def _first_stage(draft: _Draft) -> None:
     layers = draft.environment.get("MP_PP0_LAYERS")
+    rule, accepts = whole(1)
     if not layers or draft.target_format != "legacy":
         draft.effects["MP_PP0_LAYERS"] = draft.unused
-    elif not layers.isdecimal() or int(layers) < 1:
-        draft.problems.append(f"environment variable MP_PP0_LAYERS={layers!r}: must be a whole number of at least 1")
+    elif not accepts(layers):
+        draft.refuse("MP_PP0_LAYERS", rule)
     elif int(draft.values.get("pp", 1)) == 1:
         draft.problems.append(f"environment variable MP_PP0_LAYERS={layers}: needs more than one pipeline stage (PP)")
     else:
@@ -266,7 +233,9 @@ def _size(draft: _Draft) -> None:
     if count:
         draft.effects["size"] += f"; it makes about {sizes.rounded(count)}"
     if draft.config and (why := sizes.mismatch(name, draft.config)):
-        draft.warnings.append(f"{draft.name('size')}={name!r} {why}; is this the right model? config.json decides")
+        draft.warnings.append(
+            f"{draft.order.name('size')}={name!r} {why}; is this the right model? config.json decides"
+        )
 
 
 _EXPERTS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], int]]] = {
@@ -288,7 +257,7 @@ def _experts(draft: _Draft) -> None:
         real = of(draft.config) if draft.config is not None else None
         if real is not None and int(draft.values[role]) not in (0, 1, real):
             draft.problems.append(
-                f"{draft.name(role)}={draft.values[role]}: {change} is not supported; the model has {real}:"
+                f"{draft.order.name(role)}={draft.values[role]}: {change} is not supported; the model has {real}:"
                 " give that, or 0 to take the model as it is"
             )
 

@@ -7,14 +7,11 @@ needed, or is refused. Does not run anything, and knows no order: it sees roles 
 
 from __future__ import annotations
 
-import os
-import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from toolkits.positional import Command, choice_problems, extra_flags, is_number
+from toolkits.positional import Command, Draft, choice_problems
 from toolkits.pretrain_data_preprocessing.orders import ROLES, Order, are_keys, keys
 from toolkits.pretrain_data_preprocessing.tokenizer_names import (
     BPE_NAMES,
@@ -42,18 +39,7 @@ a directory is one input. No splitting: workers share the work by themselves. No
 too, where you have it). Cleaning happens on the way. Give output_data_dir and load_dir as well, and it runs."""
 
 
-@dataclass
-class _Draft:
-    """A command in the making."""
-
-    order: Order
-    values: Mapping[str, str]
-    environment: Mapping[str, str]
-    flags: list[str] = field(default_factory=list)
-    effects: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
+class _Draft(Draft[Order]):
     @property
     def layout(self) -> str:
         return self.environment.get("LAYOUT") or self.order.layout
@@ -65,11 +51,6 @@ class _Draft:
             return ("text",)
         return keys(self.values.get("keys") or self.environment.get("JSON_KEYS") or self.order.key)
 
-    def use(self, role: str, *flag: str) -> None:
-        """Give the command a flag and note it as the argument's effect."""
-        self.flags += flag
-        self.effects[role] = shlex.join(flag)
-
 
 def command(order: Order, values: Mapping[str, str], environment: Mapping[str, str]) -> Command:
     """The command for a call.
@@ -79,14 +60,12 @@ def command(order: Order, values: Mapping[str, str], environment: Mapping[str, s
     """
     draft = _Draft(order, values, {name: environment[name] for name in ENVIRONMENT if environment.get(name)})
     draft.problems += choice_problems(environment, _CHOICES)
-    for step in (_tokenizer, _input, _output, _keys, _cleaning, _workers, _not_needed):
+    for step in (_tokenizer, _input, _output, _keys, _cleaning, _Draft.use_workers, _not_needed):
         if not draft.problems:
             step(draft)
     if draft.problems:
         raise ValueError("\n".join(draft.problems))
-    extra = extra_flags(draft.environment, "PREPROCESS_ARGS")
-    if extra:
-        draft.effects["PREPROCESS_ARGS"] = "added to the command"
+    extra = draft.more_flags("PREPROCESS_ARGS")
     incomplete = "" if "load" in values else NOTHING_TO_PREPARE
     argv = ("preprocess", *draft.flags, "--append-eod", *extra)
     return Command(argv, draft.effects, tuple(draft.warnings), incomplete)
@@ -173,13 +152,6 @@ def _cleaning(draft: _Draft) -> None:
         draft.use("CLEAN", "--clean", *steps)
     else:
         draft.effects["CLEAN"] = "no cleaning"
-
-
-def _workers(draft: _Draft) -> None:
-    workers = draft.environment.get("WORKERS") or str(len(os.sched_getaffinity(0)))
-    if not is_number(workers) or int(workers) < 1:
-        draft.problems.append(f"environment variable WORKERS={workers!r}: must be a whole number of at least 1")
-    draft.use("WORKERS", "--workers", workers)
 
 
 def _not_needed(draft: _Draft) -> None:

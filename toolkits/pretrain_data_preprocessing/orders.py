@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from toolkits import positional
-from toolkits.positional import MEGATRON_LM, NONE, Role, one_of
-from toolkits.pretrain_data_preprocessing.tokenizer_names import BPE_NAMES, MEGATRON_NAMES, tokenizer_directory
+from toolkits.positional import MEGATRON_LM, PATCH, Role, one_of
+from toolkits.pretrain_data_preprocessing.tokenizer_names import BPE_NAMES, LOAD, MEGATRON_NAMES
 
 
 def keys(text: str) -> tuple[str, ...]:
@@ -28,18 +28,10 @@ def are_keys(text: str) -> bool:
     return bool(found) and len(set(found)) == len(found) and "/" not in text
 
 
-def _is_patch(text: str) -> bool:
-    return text == NONE or (Path(text) / "megatron_patch").is_dir()
-
-
 ROLES: Mapping[str, Role] = MappingProxyType(
     {
         "megatron_lm": MEGATRON_LM,
-        "patch": Role(
-            "a checkout of the patch; this one does it",
-            "must be a directory with megatron_patch/ in it, or none",
-            _is_patch,
-        ),
+        "patch": PATCH,
         "input": Role("text to read", "must be a file or directory that exists", lambda text: Path(text).exists()),
         "data_dir": Role(
             "the corpus as it was published: arrays of objects with title and content",
@@ -54,11 +46,7 @@ ROLES: Mapping[str, Role] = MappingProxyType(
             are_keys,
         ),
         "output": Role("directory to write to", "must not be a file", lambda text: not Path(text).is_file()),
-        "load": Role(
-            "the tokenizer's directory, or a checkpoint that carries one",
-            "must be a directory with a tokenizer in it: tokenizer.json, tokenizer.model, vocab.json or the like",
-            lambda text: Path(text).is_dir() and tokenizer_directory(text) is not None,
-        ),
+        "load": LOAD,
         "dataset_name": Role(
             "how the output is called where the tokenizer's name does not say it",
             "must be a name without '/'",

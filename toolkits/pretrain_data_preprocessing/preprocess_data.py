@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(f"{__doc__}\n{flags.usage()}")
         return 0
-    dry_run = "--dry-run" in words
+    dry_run = "--dry-run" in words or os.environ.get("DRY_RUN") == "1"
     try:
         given, rest = flags.read([word for word in words if word != "--dry-run"])
         plan = command(given, rest)

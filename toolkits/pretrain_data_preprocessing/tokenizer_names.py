@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from megatron_patch.checkpoint.directory import read_json
 from megatron_patch.tokenizer.hf import tokenizer_files
+from toolkits.positional import Role
 
 _GLM, _LLAMA, _QWEN, _MISTRAL = ("glm", "chatglm"), ("llama",), ("qwen",), ("mistral", "mixtral")
 _DEEPSEEK, _FALCON, _STARCODER = ("deepseek",), ("falcon", "refinedweb"), ("gpt_bigcode", "starcoder")
@@ -57,6 +58,19 @@ def tokenizer_directory(path: str) -> str | None:
             continue
         return str(folder)
     return None
+
+
+LOAD = Role(
+    "the tokenizer's directory, or a checkpoint that carries one",
+    "must be a directory with a tokenizer in it: tokenizer.json, tokenizer.model, vocab.json or the like",
+    lambda text: Path(text).is_dir() and tokenizer_directory(text) is not None,
+)
+
+
+def has_chat_template(directory: str) -> bool:
+    """Whether a directory's tokenizer has a chat template of its own."""
+    template, config = (Path(directory) / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    return template.is_file() or bool(config.is_file() and read_json(config).get("chat_template"))
 
 
 def kind_of(directory: str) -> str | None:

@@ -6,17 +6,17 @@ not run anything, and knows no order: it sees roles (orders.py) and their values
 
 from __future__ import annotations
 
-import os
-import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 
-from megatron_patch.checkpoint.directory import read_json
 from megatron_patch.data.sft.arguments import OWN_TEMPLATE
-from toolkits.positional import Command, choice_problems, extra_flags, is_number
-from toolkits.pretrain_data_preprocessing.tokenizer_names import MEGATRON_NAMES, contradiction, tokenizer_directory
+from toolkits.positional import Command, Draft, choice_problems
+from toolkits.pretrain_data_preprocessing.tokenizer_names import (
+    MEGATRON_NAMES,
+    contradiction,
+    has_chat_template,
+    tokenizer_directory,
+)
 from toolkits.sft_data_preprocessing.orders import TRUE, Order
 
 ENVIRONMENT = {
@@ -40,31 +40,13 @@ TEMPLATES: Mapping[str, str] = MappingProxyType(
 _CHOICES = {"SFT_FORMAT": ("auto", "alpaca", "sharegpt", "messages", "prompt"), "DRY_RUN": ("0", "1")}
 
 
-@dataclass
-class _Draft:
-    """A command in the making."""
-
-    order: Order
-    values: Mapping[str, str]
-    environment: Mapping[str, str]
-    flags: list[str] = field(default_factory=list)
-    effects: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    def use(self, role: str, *flag: str) -> None:
-        """Give the command a flag and note it as the argument's effect."""
-        self.flags += flag
-        self.effects[role] = shlex.join(flag)
-
-
 def command(order: Order, values: Mapping[str, str], environment: Mapping[str, str]) -> Command:
     """The command for a call.
 
     Raises:
         ValueError: arguments or environment variables that contradict each other or the tokenizer.
     """
-    draft = _Draft(order, values, {name: environment[name] for name in ENVIRONMENT if environment.get(name)})
+    draft = Draft(order, values, {name: environment[name] for name in ENVIRONMENT if environment.get(name)})
     draft.problems += choice_problems(environment, _CHOICES)
     directory = tokenizer_directory(values["load"]) or values["load"]
     draft.use("input", "--input", values["input"])
@@ -78,13 +60,11 @@ def command(order: Order, values: Mapping[str, str], environment: Mapping[str, s
     _rest(draft)
     if draft.problems:
         raise ValueError("\n".join(draft.problems))
-    extra = extra_flags(draft.environment, "SFT_DATA_ARGS")
-    if extra:
-        draft.effects["SFT_DATA_ARGS"] = "added to the command"
+    extra = draft.more_flags("SFT_DATA_ARGS")
     return Command(("sft-data", *draft.flags, *extra), draft.effects, tuple(draft.warnings))
 
 
-def _tokenizer(draft: _Draft, directory: str) -> None:
+def _tokenizer(draft: Draft[Order], directory: str) -> None:
     name = draft.values["tokenizer"]
     is_certain, text = contradiction(name, directory, tuple(MEGATRON_NAMES))
     if text:
@@ -92,43 +72,31 @@ def _tokenizer(draft: _Draft, directory: str) -> None:
     draft.effects["tokenizer"] = f"compared; {draft.order.name('load')} decides"
 
 
-def _packing(draft: _Draft) -> None:
+def _packing(draft: Draft[Order]) -> None:
     if draft.values.get("packing", "false") in TRUE:
         draft.use("packing", "--packing")
     else:
         draft.effects["packing"] = "each sample is a pack of its own; fine-tuning can still pack them"
 
 
-def _template(draft: _Draft, directory: str) -> None:
+def _template(draft: Draft[Order], directory: str) -> None:
     name, asked = draft.values["tokenizer"], draft.environment.get("CHAT_TEMPLATE")
     if asked:
         draft.use("CHAT_TEMPLATE", "--chat-template", asked)
         return
-    if _has_template(Path(directory)):
+    if has_chat_template(directory):
         draft.flags += ["--chat-template", OWN_TEMPLATE]
         draft.effects["tokenizer"] += "; its own chat template"
     elif name in TEMPLATES:
         draft.flags += ["--chat-template", TEMPLATES[name]]
         draft.effects["tokenizer"] += f"; it has no chat template, so that of its family, {TEMPLATES[name]}"
     else:
-        draft.problems.append(
-            f"{draft.order.name('load')}={draft.values['load']!r}: the tokenizer has no chat template, and"
-            f" {name} is of no family that has one; set the environment variable CHAT_TEMPLATE"
-        )
+        why = f"the tokenizer has no chat template, and {name} is of no family that has one"
+        draft.refuse("load", f"{why}; set the environment variable CHAT_TEMPLATE")
 
 
-def _has_template(directory: Path) -> bool:
-    config = directory / "tokenizer_config.json"
-    return (directory / "chat_template.jinja").is_file() or bool(
-        config.is_file() and read_json(config).get("chat_template")
-    )
-
-
-def _rest(draft: _Draft) -> None:
+def _rest(draft: Draft[Order]) -> None:
     if "SFT_FORMAT" in draft.environment:
         draft.use("SFT_FORMAT", "--sft-format", draft.environment["SFT_FORMAT"])
-    workers = draft.environment.get("WORKERS") or str(len(os.sched_getaffinity(0)))
-    if not is_number(workers) or int(workers) < 1:
-        draft.problems.append(f"environment variable WORKERS={workers!r}: must be a whole number of at least 1")
-    draft.use("WORKERS", "--workers", workers)
+    draft.use_workers()
     draft.effects["DRY_RUN"] = "stop after printing" if draft.environment.get("DRY_RUN") == "1" else "no"

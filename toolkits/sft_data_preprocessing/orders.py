@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from toolkits import positional
 from toolkits.positional import Role, one_of, whole
-from toolkits.pretrain_data_preprocessing.tokenizer_names import MEGATRON_NAMES, tokenizer_directory
+from toolkits.pretrain_data_preprocessing.tokenizer_names import LOAD, MEGATRON_NAMES
 
 TRUE, FALSE = ("true", "True", "1"), ("false", "False", "0")
 
@@ -30,11 +30,7 @@ ROLES: Mapping[str, Role] = MappingProxyType(
             "must be a prefix, the first part of a file name: no directory",
             lambda text: bool(Path(text).name) and not text.endswith("/") and not Path(text).is_dir(),
         ),
-        "load": Role(
-            "the tokenizer's directory, or a checkpoint that carries one",
-            "must be a directory with a tokenizer in it: tokenizer.json, tokenizer.model, vocab.json or the like",
-            lambda text: Path(text).is_dir() and tokenizer_directory(text) is not None,
-        ),
+        "load": LOAD,
         "packing": Role("whether samples are joined to packs", *one_of(*TRUE, *FALSE)),
     }
 )

@@ -5,7 +5,7 @@
 #   bash run_extend_vocab.sh BASE CORPUS HELD_OUT OTHER OUTPUT
 #
 #   BASE      Hugging Face directory of the model: SentencePiece (Llama 2, Mistral) or byte-level BPE (Qwen, Llama 3)
-#   CORPUS    text to learn from: a file, a directory or a quoted glob of .jsonl, .txt, .gz, .zst
+#   CORPUS    text to learn from: a file, a directory or a quoted glob of .jsonl, .json, .txt (or .gz, .zst of them), .parquet
 #   HELD_OUT  text of the same language that is in no other of them
 #   OTHER     text of a language that the model must not forget (English)
 #   OUTPUT    directory for all that is made; what a step has finished is not done again
