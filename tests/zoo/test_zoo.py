@@ -20,7 +20,7 @@ from tests.zoo import runs
 from tests.zoo.cases import CASES, Case, logits_of, next_logits_of
 from tests.zoo.runs import FOUR, LAYOUTS, MOE_LAYOUTS, Job
 
-STEPS, NEW = 20, 32
+STEPS, NEW = 12, 32
 PROMPTS = (5, 14, 9)
 """Lengths of the prompts that are continued."""
 
