@@ -1,10 +1,8 @@
-"""How conversions, plans and verifications look on a console: progress, and reports as tables and JSON."""
+"""How conversions, plans and verifications look on a console: reports as tables and JSON."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import islice
@@ -13,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from megatron_patch.checkpoint.arguments import ConvertArgs
 from megatron_patch.checkpoint.convert import Plan, Report
@@ -21,37 +18,11 @@ from megatron_patch.checkpoint.directory import write_text
 from megatron_patch.checkpoint.dry_run import as_json, dry_run, rows
 from megatron_patch.checkpoint.verify import VerifyReport
 
-_SECONDS_BETWEEN_LINES = 10.0
-
 _PROBLEMS = 20
 """Differences, and tensors with values that are no numbers, that are printed."""
 
 _ROWS = 12
 """Tensors of a plan that are printed; all of them are in the JSON file."""
-
-
-class ProgressBar:
-    """A bar with rate and time left on a terminal; elsewhere a plain line every ten seconds. A context manager."""
-
-    def __enter__(self) -> ProgressBar:
-        self._bar = tqdm(unit="B", unit_scale=True, desc="convert", disable=not sys.stderr.isatty())
-        self._start = self._last = time.monotonic()
-        return self
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-        now = time.monotonic()
-        if self._bar.disable and now - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last, rate = now, done / (now - self._start)
-            left = (total - done) / rate
-            line = (
-                f"convert: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e6:.0f} MB/s, {left:.0f} s left ({name})"
-            )
-            print(line, file=sys.stderr, flush=True)
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
 
 
 def show_conversion(report: Report) -> None:

@@ -20,8 +20,8 @@ import numpy as np
 from megatron_patch.data.arguments import SPLITS, DedupArgs
 from megatron_patch.data.dedup import Deduplicator, Fingerprints
 from megatron_patch.data.indexed import indexed_writer
-from megatron_patch.data.scanning import Progress
 from megatron_patch.data.tokenizing import key_file
+from megatron_patch.progress import Progress
 
 _BLOCK_BYTES = 64 << 20
 """Tokens that are in memory at a time, unless a document is longer."""
@@ -113,14 +113,14 @@ def write(prefix: str, directory: Path, documents: Documents, index: int, dtype:
     total = int(documents.lengths.sum(dtype=np.int64))
     largest = 0
     with (
-        Progress(f"write {Path(prefix).name}", total * dtype.itemsize) as progress,
+        Progress(f"write {Path(prefix).name}", total * dtype.itemsize, "B") as progress,
         indexed_writer(prefix, dtype) as writer,
     ):
         for block in _blocks(documents, _BLOCK_BYTES // dtype.itemsize):
             tokens = _gather(directory, block, index, dtype)
             writer.add(tokens, block.lengths)
             largest = max(largest, int(tokens.max(initial=0)))
-            progress.advance(tokens.nbytes)
+            progress(tokens.nbytes)
     size = sum(os.path.getsize(f"{prefix}{suffix}") for suffix in (".bin", ".idx"))
     return Dataset(prefix, len(documents.lengths), total, largest, size)
 

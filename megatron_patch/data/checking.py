@@ -21,8 +21,9 @@ from megatron_patch.data.index_file import IndexFile, Problem, open_index, struc
 from megatron_patch.data.indexed import IndexInfo
 from megatron_patch.data.inspecting import MAX_DECODED, draw, known
 from megatron_patch.data.manifest import check_fit, manifest_path
-from megatron_patch.data.scanning import Progress, read_tokens, token_blocks
+from megatron_patch.data.scanning import read_tokens, token_blocks
 from megatron_patch.data.tool_arguments import VerifyDataArgs
+from megatron_patch.progress import Progress
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 
 _NO_END = "the document ends with id"
@@ -150,7 +151,7 @@ def _content_problems(index: IndexFile, wanted: _Wanted, tokenizer: Tokenizer | 
             offset = int(bounds[document]) * index.dtype.itemsize
             message = f"the document is empty, it has not even the end-of-document token {wanted.eod}"
             yield Problem(message, f"{index.prefix}.bin", document, offset)
-    with Progress("verify-data", index.num_tokens * index.dtype.itemsize) as progress:
+    with Progress("verify-data", index.num_tokens * index.dtype.itemsize, "B") as progress:
         for first, block in token_blocks(index, progress):
             here = ends[slice(*np.searchsorted(ends, [first, first + block.size]))] - first
             for place, complaint in sorted([*_bad_ids(block, wanted), *_bad_ends(block, here, wanted)]):

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_patch.data.index_file import IndexFile, open_index, structure_problems
-from megatron_patch.data.scanning import Progress, read_tokens, token_blocks
+from megatron_patch.data.scanning import read_tokens, token_blocks
 from megatron_patch.data.tool_arguments import InspectArgs
+from megatron_patch.progress import Progress
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 
 MAX_DECODED = 1 << 16
@@ -180,7 +181,7 @@ def special_tokens(index: IndexFile, bounds: np.ndarray, tokenizer: Tokenizer) -
     # The only token of a document counts as its end.
     starts, ends = bounds[:-1][lengths > 1], bounds[1:][lengths > 0] - 1
     outside = 0
-    with Progress("inspect", index.num_tokens * index.dtype.itemsize) as progress:
+    with Progress("inspect", index.num_tokens * index.dtype.itemsize, "B") as progress:
         for first, block in token_blocks(index, progress):
             inside = (block >= 0) & (block < tokenizer.vocab_size)
             outside += block.size - int(inside.sum())

@@ -26,8 +26,9 @@ from megatron_patch.data.arguments import raise_problems
 from megatron_patch.data.index_file import IndexFile, Problem, joined, open_index, structure_problems
 from megatron_patch.data.indexed import locked, publish, sync
 from megatron_patch.data.manifest import Manifest, merge_manifests, read_manifest
-from megatron_patch.data.scanning import Progress, token_blocks
+from megatron_patch.data.scanning import token_blocks
 from megatron_patch.data.tool_arguments import MergeArgs
+from megatron_patch.progress import Progress
 
 _CHUNK = 64 << 20
 _PROBLEMS = 3
@@ -169,7 +170,7 @@ def _write(parts: list[IndexFile], dtype: np.dtype, prefix: str) -> None:
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     bin_tmp, idx_tmp = Path(f"{prefix}.bin.tmp"), Path(f"{prefix}.idx.tmp")
     total = sum(part.num_tokens * part.dtype.itemsize for part in parts)
-    with locked(bin_tmp), Progress("merge", total) as progress:
+    with locked(bin_tmp), Progress("merge", total, "B") as progress:
         try:
             # Opened again: the kernel copies into no file that was opened for appending.
             with open(bin_tmp, "r+b", buffering=0) as bin_file:
@@ -203,14 +204,14 @@ def copy(path: str, target: IO[bytes], progress: Progress) -> None:
     with open(path, "rb", buffering=0) as source:
         try:
             while count := os.copy_file_range(source.fileno(), target.fileno(), _CHUNK):
-                progress.advance(count)
+                progress(count)
         except OSError as error:
             if error.errno not in _CANNOT:
                 raise
         # What the kernel would not copy; both files stand where it stopped.
         while block := source.read(_CHUNK):
             _write_all(target, block)
-            progress.advance(len(block))
+            progress(len(block))
 
 
 def _write_all(target: IO[bytes], data: bytes) -> None:

@@ -9,13 +9,13 @@ Parses, validates, runs and prints the reports; all else is in `megatron_patch.c
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 
 import tyro
 
 from megatron_patch.checkpoint.arguments import ConvertArgs
 from megatron_patch.checkpoint.startup import read_ahead, without_garbage_collection
 from megatron_patch.launch import processes
+from megatron_patch.progress import Progress
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     is_first = os.environ.get("RANK", "0") == "0"
     how = {"overwrite": args.overwrite, "resume": args.resume}
-    with console.ProgressBar() if is_first else nullcontext() as progress:
-        report = convert(args.source, args.target, wanted(args), progress=progress, **how, **options)
+    with Progress("convert", None, "B", quiet=not is_first) as progress:
+        report = convert(args.source, args.target, wanted(args), progress=progress.reach, **how, **options)
     if not is_first:
         return 0
     console.show_conversion(report)

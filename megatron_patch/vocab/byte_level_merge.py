@@ -46,7 +46,7 @@ def merge_byte_level(args: VocabMergeArgs, base: ByteLevel) -> MergeReport:
     `tokenizers` and transformers do not agree. Nothing is left behind then.
     """
     start = time.perf_counter()
-    corpus = Corpus(args.corpus, args.text_key) if args.corpus else None
+    corpus = Corpus(args.corpus, args.text_key, name="vocab merge") if args.corpus else None
     choice = Choice(base, args.script)
     choice.choose(load_merges(args.new, base), args.max_new)
     words = words_of(base, corpus, cjk=args.script == "cjk") if corpus else None

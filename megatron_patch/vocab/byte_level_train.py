@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -77,7 +78,10 @@ def _train(words: Mapping[str, int], count: int) -> list[Merge]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(SEPARATOR)
     trainer = trainers.BpeTrainer(
-        vocab_size=len(letters) + count, min_frequency=2, max_token_length=_LONGEST_TOKEN, show_progress=False
+        vocab_size=len(letters) + count,
+        min_frequency=2,
+        max_token_length=_LONGEST_TOKEN,
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(_repeated(words), trainer)
     return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]

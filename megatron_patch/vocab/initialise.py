@@ -141,7 +141,7 @@ def _note(args: VocabInitArgs, model: Model, recipe: Recipe) -> dict[str, Any]:
 def _counts(old: Tokenizer, args: VocabInitArgs) -> list[int]:
     """How often the corpus has each old token."""
     counts = [0] * old.vocab_size
-    for texts in batches(Corpus(args.corpus, args.text_key)):
+    for texts in batches(Corpus(args.corpus, args.text_key, name="vocab init")):
         for number in chain.from_iterable(old.encode_batch(texts, add_special_tokens=False)):
             counts[number] += 1
     return counts

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_patch.checkpoint.console import ProgressBar
 from megatron_patch.checkpoint.convert import convert
 from megatron_patch.checkpoint.directory import CONFIG, read_json
 from megatron_patch.checkpoint.formats import MegatronSource
@@ -23,6 +22,7 @@ from megatron_patch.checkpoint.huggingface import TensorInfo
 from megatron_patch.checkpoint.manifest import Checker
 from megatron_patch.checkpoint.opening import like, open_source
 from megatron_patch.checkpoint.whole import describe
+from megatron_patch.progress import Progress
 from megatron_patch.vocab.arguments import VocabInitArgs
 from megatron_patch.vocab.initialise import Model, Recipe, make_recipe, vocabulary_rules, write_companions
 
@@ -41,10 +41,10 @@ def write_grown(args: VocabInitArgs) -> tuple[Model, Recipe, tuple[str, ...]]:
     """Writes the grown checkpoint; returns what it was made of and the names of its weight files."""
     model = open_megatron(args.base, args.hf_config, args.trust_pickle)
     recipe = make_recipe(args, model)
-    with tempfile.TemporaryDirectory() as folder, ProgressBar() as progress:
+    with tempfile.TemporaryDirectory() as folder, Progress("vocab init", None, "B") as progress:
         write_companions(args, model, recipe, Path(folder))
         source = GrownSource(model, recipe, Path(folder))
-        convert(source, args.output, like(model.weights), overwrite=args.overwrite, progress=progress)
+        convert(source, args.output, like(model.weights), overwrite=args.overwrite, progress=progress.reach)
     root = Path(args.output)
     files = (*root.glob("release/*.distcp"), *root.glob("release/mp_rank_*/*.pt"))
     return model, recipe, tuple(sorted(str(file.relative_to(root)) for file in files))

@@ -68,7 +68,8 @@ def merge(args: VocabMergeArgs) -> MergeReport:
     args.validate()
     if byte_level := open_byte_level(args.base):
         return merge_byte_level(args, byte_level)
-    base, corpus = open_base(Path(args.base)), Corpus(args.corpus, args.text_key) if args.corpus else None
+    base = open_base(Path(args.base))
+    corpus = Corpus(args.corpus, args.text_key, name="vocab merge") if args.corpus else None
     grown = extend(base.proto, (), added=base.added)
     choice = _Choice(grown, args.pad_multiple)
     choice.choose(load_proto(args.new), args)

@@ -59,7 +59,7 @@ def train(args: VocabTrainArgs) -> TrainReport:
     args.validate()
     base = open_byte_level(args.base) if args.base is not None else None
     args.require_kind(base is not None)
-    corpus = Corpus(args.input, args.text_key)
+    corpus = Corpus(args.input, args.text_key, name="vocab train")
     lines = _Documents(corpus) if base else _Lines(corpus)
     content, pieces = _merges(args, base, lines) if base else _model(args, lines)
     output = Path(args.output)

@@ -75,7 +75,7 @@ RULES = {
     "data.sft.arguments": Rule(
         may=("data.arguments", "data.readers"), never=("torch", "megatron", "transformers", "numpy", *_COMMAND_LINE)
     ),
-    "data": Rule(may=("tokenizer",), never=("safetensors", "megatron.core.parallel_state", *_COMMAND_LINE)),
+    "data": Rule(may=("tokenizer", "progress"), never=("safetensors", "megatron.core.parallel_state", *_COMMAND_LINE)),
     "training.arguments": Rule(
         may=("data.arguments", "data.sft.arguments"), never=("torch", "megatron", "transformers", *_COMMAND_LINE)
     ),
@@ -94,6 +94,7 @@ RULES = {
         ),
         never=("transformers", "safetensors", *_COMMAND_LINE),
     ),
+    "progress": Rule(never=("torch", "megatron", "transformers", "numpy", *_COMMAND_LINE, *_DISK)),
     "recipe": Rule(never=("torch", "megatron", "transformers", "numpy", *_COMMAND_LINE)),
     "memory": Rule(never=("megatron", "transformers", *_COMMAND_LINE, *_DISK)),
     "generation": Rule(may=("model", "layers", "backend"), never=("transformers", *_COMMAND_LINE, *_DISK)),
@@ -101,17 +102,20 @@ RULES = {
         may=("checkpoint.directory", "generation.params"), never=("torch", "megatron", "transformers")
     ),
     "generation.text": Rule(
-        may=("generation", "tokenizer", "checkpoint.directory", "checkpoint.megatron", *_MODEL),
+        may=("generation", "progress", "tokenizer", "checkpoint.directory", "checkpoint.megatron", *_MODEL),
         never=("transformers", *_COMMAND_LINE),
     ),
     "vocab.arguments": Rule(
         may=("checkpoint.directory", "data.arguments", "data.readers"),
         never=("torch", "megatron", "transformers", *_COMMAND_LINE),
     ),
-    "vocab.megatron": Rule(may=("vocab", "checkpoint"), never=("transformers", "torch.distributed", *_COMMAND_LINE)),
+    "vocab.megatron": Rule(
+        may=("vocab", "progress", "checkpoint"), never=("transformers", "torch.distributed", *_COMMAND_LINE)
+    ),
     "vocab": Rule(
         may=(
             "family",
+            "progress",
             "weights",
             "models",
             "tokenizer",
@@ -130,8 +134,8 @@ RULES = {
     "evaluation.scoring": Rule(
         may=("evaluation.windows", "model", "layers", "backend"), never=("transformers", *_COMMAND_LINE, *_DISK)
     ),
-    "evaluation": Rule(may=(*_EVERYTHING, "vocab.corpus"), never=_COMMAND_LINE),
-    "launch": Rule(may=(*_EVERYTHING, "generation", "evaluation", "memory", "recipe", "vocab")),
+    "evaluation": Rule(may=(*_EVERYTHING, "progress", "vocab.corpus"), never=_COMMAND_LINE),
+    "launch": Rule(may=(*_EVERYTHING, "progress", "generation", "evaluation", "memory", "recipe", "vocab")),
     "__init__": Rule(may=("backend",), never=("torch", "megatron", "transformers")),
     "__main__": Rule(may=("launch",)),
 }
