@@ -32,7 +32,7 @@ from megatron_patch.data.partial import PartialRun, partial_run
 from megatron_patch.data.readers import STDIN, BadRecord, Record, expand_inputs, record_text
 from megatron_patch.data.shards import Shard, ShardReader, plan, shard_bytes
 from megatron_patch.data.tokenizing import Job
-from megatron_patch.data.workers import tokenize
+from megatron_patch.data.workers import Crew
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 from megatron_patch.tokenizer.engines import EngineMismatch, EngineRecipe, choose
 
@@ -110,16 +110,17 @@ def preprocess(args: PreprocessArgs) -> PreprocessReport:
     shards = plan(files, args.txt_document, shard_bytes(total))
     first = list(islice(shards, _FIRST_SHARDS))
     _require_keys(first, args)
-    recipe = choose(tokenizer, args.engine, _first_texts(first, args))
     run = _Run(args, tokenizer, files, total, start)
     try:
-        return run.with_engine(recipe, chain(first, shards))
+        with Crew(args.workers) as crew:
+            recipe = choose(tokenizer, args.engine, _first_texts(first, args), crew.fault)
+            return run.with_engine(recipe, crew, chain(first, shards))
     except EngineMismatch as error:
         if args.engine != "auto" or STDIN in files:
             raise ValueError(str(error)) from None
         print(f"warning: {error}; starting again with transformers' own", file=sys.stderr, flush=True)
-    slow = choose(tokenizer, "hf")
-    return run.with_engine(slow, plan(files, args.txt_document, shard_bytes(total)))
+    with Crew(args.workers) as crew:
+        return run.with_engine(choose(tokenizer, "hf"), crew, plan(files, args.txt_document, shard_bytes(total)))
 
 
 # --------------------------------------------------------------------------------------------------------- before it
@@ -175,7 +176,7 @@ class _Run:
     total: int
     start: float
 
-    def with_engine(self, recipe: EngineRecipe, shards: Iterable[Shard]) -> PreprocessReport:
+    def with_engine(self, recipe: EngineRecipe, crew: Crew, shards: Iterable[Shard]) -> PreprocessReport:
         """Everything behind the choice of the engine."""
         args, job = self.args, self._job(recipe)
         settings, is_piped = self._settings(job), STDIN in self.files
@@ -184,7 +185,7 @@ class _Run:
             try:
                 ledger = Ledger(args, self.total, partial.directory)
                 with ledger:
-                    tokenize(shards, job, args.workers, partial, ledger)
+                    crew.tokenize(shards, job, partial, ledger)
                 datasets = self._assemble(partial, job, ledger)
             except (EngineMismatch, NoDocuments):
                 partial.clear()

@@ -20,6 +20,7 @@ import threading
 from collections import Counter
 from ctypes import Array
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +32,8 @@ from megatron_patch.data.dedup import Fingerprints, fingerprints
 from megatron_patch.data.indexed import replacing, sync
 from megatron_patch.data.readers import BadRecord, Record, place, record_text
 from megatron_patch.data.shards import Shard, ShardReader
-from megatron_patch.tokenizer.engines import ONE_THREAD, Engine, EngineRecipe
+from megatron_patch.tokenizer import engines
+from megatron_patch.tokenizer.engines import ONE_THREAD, Encoded, Engine, EngineRecipe
 
 BATCH_CHARACTERS = 1 << 18
 """Text that goes to the tokenizer at a time."""
@@ -156,8 +158,17 @@ _worker: _Worker | None = None
 def start_worker(job: Job, counters: Array[Any]) -> None:
     """Prepares this process for `tokenize_shard`."""
     global _worker
-    settle()
-    _worker = _Worker(job, job.recipe.build(), Cleaner(job.cleaning), counters)
+    _worker = _Worker(job, _engine(job.recipe), Cleaner(job.cleaning), counters)
+
+
+@lru_cache(maxsize=1)
+def _engine(recipe: EngineRecipe) -> Engine:
+    return recipe.build()
+
+
+def fault(recipe: EngineRecipe, texts: list[str], expected: Encoded) -> str | None:
+    """See engines.fault; this process keeps the engine."""
+    return engines.fault(recipe, texts, expected, _engine)
 
 
 def advance(counters: Array[Any], *amounts: int) -> None:

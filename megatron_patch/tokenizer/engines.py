@@ -18,7 +18,7 @@ import random
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -42,6 +42,7 @@ ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 Encoded = tuple[np.ndarray, np.ndarray]
 """Ids of all texts (uint32), one after the other, and the number of ids of each (int64)."""
 _Encode = Callable[[list[str]], Encoded]
+FindFault = Callable[["EngineRecipe", list[str], Encoded], "str | None"]
 _PLAIN = '{"version":"1.0","truncation":null,"padding":null,'
 """How a serialised backend begins that neither cuts nor pads."""
 _GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -69,7 +70,7 @@ class EngineRecipe:
     """The SentencePiece model of the directory, if it has one."""
     stand_ins: int | None = None
     """Where a byte-level vocabulary lacks single bytes (Hugging Face drops them): the first id of their stand-ins."""
-    proof: str = ""
+    proof: str = field(default="", compare=False)
     """What the engine was proven on, for a report."""
 
     def build(self, check_every: int = CHECK_EVERY) -> Engine:
@@ -147,6 +148,7 @@ def choose(
     tokenizer: Tokenizer | str | Path,
     name: str = "auto",
     documents: Iterable[str] = (),
+    find_fault: FindFault | None = None,
     *,
     trust_remote_code: bool = False,
     warn: Callable[[str], None] | None = None,
@@ -154,8 +156,9 @@ def choose(
     """The engine for a tokenizer (a loaded one or its directory), proven on hard texts and on the first documents.
 
     auto takes the fastest engine that is installed and equal to Hugging Face; `warn` gets a line about each that was
-    installed and is not, by default on standard error. Raises ValueError for an engine that was asked for by name and
-    is unknown, not installed, unable to read this tokenizer or not equal.
+    installed and is not, by default on standard error. `find_fault` is `fault`, or does that in another process. Raises
+    ValueError for an engine that was asked for by name and is unknown, not installed, unable to read this tokenizer or
+    not equal.
     """
     if name not in ("auto", *NAMES):
         raise ValueError(f"engine {name!r} is unknown; choose auto, {', '.join(NAMES)}")
@@ -164,7 +167,7 @@ def choose(
     recipe = _recipe(tokenizer)
     if name == "hf":
         return recipe
-    proof = _Proof(tokenizer, documents)
+    proof = _Proof(tokenizer, documents, find_fault or fault)
     if name != "auto":
         return _named(recipe, name, proof)
     for candidate in _candidates(recipe):
@@ -223,30 +226,41 @@ def _named(recipe: EngineRecipe, name: str, proof: _Proof) -> EngineRecipe:
     return candidate
 
 
+def fault(
+    recipe: EngineRecipe,
+    texts: list[str],
+    expected: Encoded,
+    build: Callable[[EngineRecipe], Engine] = EngineRecipe.build,
+) -> str | None:
+    """What is wrong with an engine that is to give these ids, as the end of a sentence; None if nothing is."""
+    doing = "cannot read this tokenizer"
+    try:
+        encode = build(recipe).encode_unchecked
+        doing = "fails on the texts of the proof"
+        ids, lengths = encode(texts)
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        return f"{doing} ({_one_line(error)})"
+    if np.array_equal(lengths, expected[1]) and np.array_equal(ids, expected[0]):
+        return None
+    pairs = zip(texts, _split(ids, lengths), _split(*expected), strict=True)
+    return next(_difference(text, got, wanted) for text, got, wanted in pairs if got != wanted)
+
+
 class _Proof:
     """The first documents and the hard texts, with Hugging Face's ids for them."""
 
-    def __init__(self, tokenizer: Tokenizer, documents: Iterable[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, documents: Iterable[str], find_fault: FindFault) -> None:
+        self._find_fault = find_fault
         first, hard = _first(documents), hard_texts(tokenizer.hf.get_added_vocab())
         self.texts = [*hard, *first]
         self.expected = _flat(tokenizer.encode_batch(self.texts))
         self.extent = f"equal to transformers on the first {len(first)} documents and {len(hard)} hard texts"
 
     def problem(self, recipe: EngineRecipe) -> str | None:
-        """What is wrong with an engine, as the end of a sentence; None if nothing is."""
-        doing = "cannot read this tokenizer"
-        try:
-            encode = recipe.build().encode_unchecked
-            doing = "fails on the texts of the proof"
-            ids, lengths = encode(self.texts)
-        except BaseException as error:
-            if not _is_failure(error):
-                raise
-            return f"{doing} ({_one_line(error)})"
-        if np.array_equal(lengths, self.expected[1]) and np.array_equal(ids, self.expected[0]):
-            return None
-        pairs = zip(self.texts, _split(ids, lengths), _split(*self.expected), strict=True)
-        return next(_difference(text, got, wanted) for text, got, wanted in pairs if got != wanted)
+        """See `fault`."""
+        return self._find_fault(recipe, self.texts, self.expected)
 
 
 def _first(documents: Iterable[str]) -> list[str]:

@@ -15,7 +15,6 @@ import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_patch.data import preprocess as module
 from megatron_patch.data import shards, tokenizing, workers
 from megatron_patch.data.preprocess import preprocess
 from megatron_patch.data.readers import DamagedInput
@@ -249,15 +248,15 @@ def test_a_shard_whose_files_were_damaged_is_made_again(bpe, tmp_path, monkeypat
 
 def test_a_second_run_at_the_same_time_is_refused(bpe, tmp_path, monkeypatch):
     jsonl(tmp_path / "in.jsonl", TEXTS)
-    original = module.tokenize
+    original = workers.Crew.tokenize
 
     def meanwhile(*args: Any) -> None:
-        monkeypatch.setattr(module, "tokenize", original)
+        monkeypatch.setattr(workers.Crew, "tokenize", original)
         with pytest.raises(ValueError, match="out.partial is being written by another process"):
             preprocess(arguments(tmp_path, bpe))
         original(*args)
 
-    monkeypatch.setattr(module, "tokenize", meanwhile)
+    monkeypatch.setattr(workers.Crew, "tokenize", meanwhile)
     assert preprocess(arguments(tmp_path, bpe)).documents == len(TEXTS)
 
 
@@ -303,21 +302,33 @@ def test_standard_input_is_read_to_its_end(bpe, tmp_path):
 
 def test_an_engine_that_errs_in_the_middle_is_replaced_loudly(bpe, tmp_path, monkeypatch, capsys):
     jsonl(tmp_path / "in.jsonl", TEXTS)
-    original, runs = module.tokenize, []
+    original, runs = workers.Crew.tokenize, []
 
     def erring(*args: Any) -> None:
-        runs.append(args[1].recipe.name)
+        runs.append(args[2].recipe.name)
         if runs[-1] != "hf":
             raise EngineMismatch(f"engine {runs[-1]} gives other ids")
         original(*args)
 
-    monkeypatch.setattr(module, "tokenize", erring)
+    monkeypatch.setattr(workers.Crew, "tokenize", erring)
     report = preprocess(arguments(tmp_path, bpe))
     assert runs[0] != "hf" and runs[-1] == "hf" and report.engine.startswith("hf ")
     assert "gives other ids; starting again with transformers' own" in capsys.readouterr().err
     assert contents(report.prefix) == reference(bpe, TEXTS, f"{tmp_path}/reference", False)
     with pytest.raises(ValueError, match="tiktoken gives other ids"):
         preprocess(arguments(tmp_path, bpe, engine="tiktoken", overwrite=True))
+
+
+def _crash(*args: Any) -> None:
+    os._exit(1)
+
+
+def test_an_engine_that_crashes_under_its_proof_ends_no_run(bpe, tmp_path, monkeypatch, capsys):
+    jsonl(tmp_path / "in.jsonl", TEXTS)
+    monkeypatch.setattr(workers, "fault", _crash)
+    report = preprocess(arguments(tmp_path, bpe))
+    assert report.engine.startswith("hf ") and "is not used: it ends its process" in capsys.readouterr().err
+    assert contents(report.prefix) == reference(bpe, TEXTS, f"{tmp_path}/reference", False)
 
 
 def test_shards_of_another_tokenizer_are_never_mixed_in(bpe, tmp_path, monkeypatch):
@@ -334,8 +345,7 @@ def test_reports_are_taken_in_the_order_of_the_shards_whichever_is_finished_firs
         def take(self, report: tokenizing.ShardReport) -> None:
             taken.append(report.number)
 
-    crew = object.__new__(workers._Crew)
-    crew._ledger, crew._ready, crew._next = Watching(), {}, 0
+    desk = workers._Desk(None, None, tmp_path, 1, Watching())
     for number, expected in ((2, []), (0, [0]), (3, [0]), (1, [0, 1, 2, 3])):
-        crew._take(tokenizing.ShardReport(number))
+        desk._take(tokenizing.ShardReport(number))
         assert taken == expected

@@ -36,7 +36,7 @@ from megatron_patch.data.sft.storage import StoreInfo, open_samples, write_sampl
 from megatron_patch.data.sft.working import SUPERVISED, SftJob, mask_file, render_shard, start_worker
 from megatron_patch.data.shards import plan, shard_bytes
 from megatron_patch.data.tokenizing import key_file
-from megatron_patch.data.workers import tokenize
+from megatron_patch.data.workers import Crew
 from megatron_patch.tokenizer import Tokenizer, load_tokenizer
 
 _FIRST_RECORDS = 100
@@ -199,9 +199,9 @@ class _Run:
         with partial_run(args.partial_directory, self._settings(), resume=resume, dtype_bytes=4) as partial:
             try:
                 ledger = Ledger(args, total, partial.directory, "sft-data")
-                with ledger:
+                with ledger, Crew(args.workers) as crew:
                     shards = plan(self.files, "file", shard_bytes(total))
-                    tokenize(shards, self.job, args.workers, partial, ledger, start_worker, render_shard)
+                    crew.tokenize(shards, self.job, partial, ledger, start_worker, render_shard)
                 ledger.require_few_errors()
                 lengths = self._write(_Shards(partial.directory, ledger.shards), ledger)
             except NoDocuments:

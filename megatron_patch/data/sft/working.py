@@ -33,7 +33,6 @@ from megatron_patch.data.tokenizing import (
     key_file,
     note_bad,
     quarantine_file,
-    settle,
 )
 
 SUPERVISED = "tokens to be learned"
@@ -76,7 +75,6 @@ _worker: _Worker | None = None
 def start_worker(job: SftJob, counters: Array[Any]) -> None:
     """Prepares this process for `render_shard`."""
     global _worker
-    settle()
     _worker = _Worker(job, job.recipe.build(), counters)
 
 
