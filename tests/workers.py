@@ -178,6 +178,8 @@ class Pool:
     def _start(self, world_size: int) -> None:
         context = multiprocessing.get_context("spawn")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        # megatron-core makes some twenty groups for each call; most of their processes never talk to one another.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         while len(self._workers) < world_size:
             ours, theirs = context.Pipe()
             stack_file = Path(self._folder.name) / f"stack-{len(self._workers)}"
