@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -115,8 +114,3 @@ def _texts(report: VerifyReport) -> Table:
         figures: tuple[Any, ...] = (f"{one.max_abs:.2e}", f"{one.hf_loss:.6f}", f"{one.megatron_loss:.6f}")
         table.add_row(one.name, str(one.tokens), *figures, f"{difference:.1e}", f"{one.top1:.2%}")
     return table
-
-
-def write_json(report: Report | VerifyReport, path: str) -> None:
-    """Write a report to a file."""
-    write_text(Path(path), json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -64,7 +64,23 @@ class IndexedWriter:
 
 @contextmanager
 def indexed_writer(prefix: str, dtype: np.dtype) -> Iterator[IndexedWriter]:
-    """Writes PREFIX.bin and PREFIX.idx under temporary names; they appear when the block ends without an error.
+    """Writes PREFIX.bin and PREFIX.idx; see `pair`."""
+    with pair(prefix) as files:
+        writer = IndexedWriter(files.bin, dtype)
+        yield writer
+        files.idx.writelines(writer.index_bytes())
+
+
+class Pair(NamedTuple):
+    """The two files of a dataset in the making."""
+
+    bin: IO[bytes]
+    idx: IO[bytes]
+
+
+@contextmanager
+def pair(prefix: str) -> Iterator[Pair]:
+    """PREFIX.bin and PREFIX.idx under temporary names; they appear when the block ends without an error.
 
     The .idx comes last, and nothing opens a dataset without it. Raises ValueError if another process is writing here.
     """
@@ -72,11 +88,9 @@ def indexed_writer(prefix: str, dtype: np.dtype) -> Iterator[IndexedWriter]:
     bin_tmp, idx_tmp = Path(f"{prefix}.bin.tmp"), Path(f"{prefix}.idx.tmp")
     with locked(bin_tmp) as bin_file:
         try:
-            writer = IndexedWriter(bin_file, dtype)
-            yield writer
-            sync(bin_file)
             with open(idx_tmp, "wb") as idx_file:
-                idx_file.writelines(writer.index_bytes())
+                yield Pair(bin_file, idx_file)
+                sync(bin_file)
                 sync(idx_file)
             publish(prefix, bin_tmp, idx_tmp)
         except BaseException:

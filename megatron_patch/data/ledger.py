@@ -26,8 +26,10 @@ _ENOUGH = 1000
 """Records from which on a percentage of bad ones says something."""
 
 
-class TooManyErrors(Exception):
+class TooManyErrors(ValueError):
     """More bad records than --max-errors."""
+
+    exit_code = 3
 
 
 class NoDocuments(ValueError):

@@ -17,14 +17,13 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from megatron_patch.data.arguments import raise_problems
 from megatron_patch.data.index_file import IndexFile, Problem, joined, open_index, structure_problems
-from megatron_patch.data.indexed import locked, publish, sync
+from megatron_patch.data.indexed import pair
 from megatron_patch.data.manifest import Manifest, merge_manifests, read_manifest
 from megatron_patch.data.scanning import token_blocks
 from megatron_patch.data.tool_arguments import MergeArgs
@@ -166,25 +165,16 @@ def _dtype(parts: list[IndexFile], target: str) -> np.dtype:
 
 
 def _write(parts: list[IndexFile], dtype: np.dtype, prefix: str) -> None:
-    """Both files under temporary names, then under their own."""
-    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-    bin_tmp, idx_tmp = Path(f"{prefix}.bin.tmp"), Path(f"{prefix}.idx.tmp")
     total = sum(part.num_tokens * part.dtype.itemsize for part in parts)
-    with locked(bin_tmp), Progress("merge", total, "B") as progress:
-        try:
-            # Opened again: the kernel copies into no file that was opened for appending.
-            with open(bin_tmp, "r+b", buffering=0) as bin_file:
-                for part in parts:
-                    _append(part, dtype, bin_file, progress)
-                sync(bin_file)
-            with open(idx_tmp, "wb") as idx_file:
-                idx_file.writelines(joined(parts, dtype))
-                sync(idx_file)
-            publish(prefix, bin_tmp, idx_tmp)
-        except BaseException:
-            bin_tmp.unlink(missing_ok=True)
-            idx_tmp.unlink(missing_ok=True)
-            raise
+    # The .bin is opened again: the kernel copies into no file that was opened for appending.
+    with (
+        pair(prefix) as files,
+        Progress("merge", total, "B") as progress,
+        open(files.bin.name, "r+b", buffering=0) as bin_file,
+    ):
+        for part in parts:
+            _append(part, dtype, bin_file, progress)
+        files.idx.writelines(joined(parts, dtype))
 
 
 def _append(part: IndexFile, dtype: np.dtype, target: IO[bytes], progress: Progress) -> None:

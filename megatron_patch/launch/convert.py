@@ -15,6 +15,7 @@ import tyro
 from megatron_patch.checkpoint.arguments import ConvertArgs
 from megatron_patch.checkpoint.startup import read_ahead, without_garbage_collection
 from megatron_patch.launch import processes
+from megatron_patch.launch.reports import write_json
 from megatron_patch.progress import Progress
 
 
@@ -43,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if not is_first:
         return 0
     console.show_conversion(report)
-    if args.json:
-        console.write_json(report, args.json)
+    write_json(report, args.json)
     if not args.verify:
         return 0
     proofs = prove(args.source, args.target, was_cast=bool(args.dtype), **options)

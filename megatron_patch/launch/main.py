@@ -95,7 +95,7 @@ def _guarded(name: str, argv: list[str]) -> int:
         if os.environ.get("MEGATRON_PATCH_DEBUG") == "1":
             raise
         print(f"megatron-patch {name}{_rank()}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         return 130
 

@@ -7,25 +7,20 @@ Parses, validates, runs and prints the report; all else is in `megatron_patch.da
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-from pathlib import Path
-
 import tyro
 
 from megatron_patch.data.tool_arguments import MergeArgs
+from megatron_patch.launch.reports import write_json
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; what goes wrong is raised, a user's mistake as ValueError."""
     args = tyro.cli(MergeArgs, args=argv, prog="megatron-patch merge", config=(tyro.conf.FlagCreatePairsOff,))
     args.validate()
-    from megatron_patch.checkpoint.directory import write_text
     from megatron_patch.data.merging import merge
     from megatron_patch.data.tables import show_merge
 
     report = merge(args)
     show_merge(report)
-    if args.json:
-        write_text(Path(args.json), json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
+    write_json(report, args.json)
     return 0

@@ -7,15 +7,11 @@ Parses, validates, runs and prints the report; all else is in `megatron_patch.da
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import asdict
-from pathlib import Path
-
 import tyro
 
 from megatron_patch.data.arguments import PreprocessArgs
 from megatron_patch.launch.light import hide_torch
+from megatron_patch.launch.reports import write_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,17 +20,10 @@ def main(argv: list[str] | None = None) -> int:
     args.validate()
     if not args.trust_remote_code:  # which may be code that needs torch
         hide_torch()
-    from megatron_patch.checkpoint.directory import write_text
-    from megatron_patch.data.ledger import TooManyErrors
     from megatron_patch.data.preprocess import preprocess
     from megatron_patch.data.tables import show_preprocess
 
-    try:
-        report = preprocess(args)
-    except TooManyErrors as error:
-        print(f"megatron-patch preprocess: error: {error}", file=sys.stderr)
-        return 3
+    report = preprocess(args)
     show_preprocess(report)
-    if args.json:
-        write_text(Path(args.json), json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
+    write_json(report, args.json)
     return 0

@@ -13,6 +13,7 @@ import os
 import tyro
 
 from megatron_patch.checkpoint.arguments import VerifyArgs
+from megatron_patch.launch.reports import write_json
 
 
 def check(argv: list[str], num_processes: int) -> None:
@@ -51,6 +52,5 @@ def main(argv: list[str] | None = None) -> int:
         is_first = torch.distributed.get_rank() == 0
     if is_first:
         console.show_verification(report)
-        if args.json:
-            console.write_json(report, args.json)
+        write_json(report, args.json)
     return 0 if report.ok else 1

@@ -7,13 +7,10 @@ Parses, validates, runs and prints the report; all else is in `megatron_patch.da
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-from pathlib import Path
-
 import tyro
 
 from megatron_patch.data.tool_arguments import VerifyDataArgs
+from megatron_patch.launch.reports import write_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,14 +18,10 @@ def main(argv: list[str] | None = None) -> int:
     config = (tyro.conf.FlagCreatePairsOff,)
     args = tyro.cli(VerifyDataArgs, args=argv, prog="megatron-patch verify-data", config=config)
     args.validate()
-    from megatron_patch.checkpoint.directory import write_text
     from megatron_patch.data.checking import check
     from megatron_patch.data.tables import show_check
 
     report = check(args)
     show_check(report)
-    if args.json:
-        write_text(
-            Path(args.json), json.dumps({"ok": report.ok, **asdict(report)}, indent=2, ensure_ascii=False) + "\n"
-        )
+    write_json(report, args.json, ok=report.ok)
     return 0 if report.ok else 1

@@ -11,14 +11,12 @@ Parses, validates, runs and prints the report; all else is in `megatron_patch.vo
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from megatron_patch.launch.reports import write_json
 from megatron_patch.vocab import arguments
 
 _Command = (
@@ -44,8 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     module, _, name = _FUNCTIONS[type(args)].partition(".")
     report = getattr(import_module(f"megatron_patch.vocab.{module}"), name)(args)
     show(name, report.table())
-    if getattr(args, "json", None):
-        Path(args.json).write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(report, getattr(args, "json", None))
     return 0 if getattr(report, "ok", True) else 1
 
 

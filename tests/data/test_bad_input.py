@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_patch.data import shards, tokenizing, workers
 from megatron_patch.data.preprocess import preprocess
 from megatron_patch.data.readers import DamagedInput
-from megatron_patch.launch.preprocess import main
+from megatron_patch.launch.main import main
 from megatron_patch.tokenizer import load_tokenizer
 from megatron_patch.tokenizer.engines import EngineMismatch
 from tests.data.test_preprocess import TEXTS, arguments, command, contents, jsonl, reference
@@ -94,7 +94,7 @@ def test_the_line_at_which_a_run_stops_is_the_first_bad_one_whoever_finds_it(bpe
 def test_more_bad_records_than_allowed_end_with_code_3_and_a_higher_limit_goes_on(bpe, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_bytes(b"\n".join([*map(line, TEXTS[:-5]), *[line("")] * 5, b"{", b"{", b"{"]))
     flags = ["--on-error", "quarantine", "--engine", "hf"]
-    args = command(arguments(tmp_path, bpe), *flags)
+    args = ["preprocess", *command(arguments(tmp_path, bpe), *flags)]
     assert main(args) == 3
     error = capsys.readouterr().err
     assert "3 of 211 records are bad, more than --max-errors 1% (3 x broken JSON)" in error
@@ -108,7 +108,7 @@ def test_more_bad_records_than_allowed_end_with_code_3_and_a_higher_limit_goes_o
 
 def test_what_a_lenient_run_had_left_out_is_not_left_out_by_a_strict_one(bpe, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"\n".join([*map(line, TEXTS), b"{"]))
-    assert main(command(arguments(tmp_path, bpe), "--on-error", "skip", "--max-errors", "0")) == 3
+    assert main(["preprocess", *command(arguments(tmp_path, bpe), "--on-error", "skip", "--max-errors", "0")]) == 3
     with pytest.raises(DamagedInput, match=r"in.jsonl:209: broken JSON"):
         preprocess(arguments(tmp_path, bpe))
 
@@ -123,7 +123,10 @@ def test_no_quarantine_of_an_earlier_run_is_left_beside_good_data(bpe, tmp_path)
 def test_a_number_of_bad_records_is_not_waited_for_to_the_end(bpe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shards, "LEAST_BYTES", 1000)
     (tmp_path / "in.jsonl").write_bytes(b"\n".join([b"{"] * 10 + [line(text) for text in TEXTS]))
-    args = command(arguments(tmp_path, bpe), "--on-error", "skip", "--max-errors", "5", "--engine", "hf")
+    args = [
+        "preprocess",
+        *command(arguments(tmp_path, bpe), "--on-error", "skip", "--max-errors", "5", "--engine", "hf"),
+    ]
     assert main(args) == 3
     assert "10 of 1" in capsys.readouterr().err, "of the records of the first shard alone"
 
