@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import select
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -23,6 +24,7 @@ from megatron_patch.launch import light, processes
 RECIPE_OPTION = "--config"
 RECIPE_HELP = f"  {RECIPE_OPTION} FILE            take flags from a YAML file, named without dashes; typed ones win\n"
 
+_STDOUT = 1
 SECONDS_BEHIND_RANK_0 = 2.0
 """How long other ranks wait before they report an error, which mostly is the one that rank 0 reports."""
 
@@ -88,16 +90,22 @@ def _usage() -> str:
 def _guarded(name: str, argv: list[str]) -> int:
     try:
         return _run(name, argv)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _stdout_has_no_reader():  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+            return 1
         if os.environ.get("MEGATRON_PATCH_DEBUG") == "1":
             raise
         print(f"megatron-patch {name}{_rank()}: error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         return 130
+
+
+def _stdout_has_no_reader() -> bool:
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _rank() -> str:

@@ -51,7 +51,10 @@ def test_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == f"megatron-patch {megatron_patch.__version__}\n"
 
 
-@pytest.mark.parametrize(("error", "code"), [(ValueError("tp=4: choose 1 or 3"), 2), (OSError("disk full"), 1)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("tp=4: choose 1 or 3"), 2), (OSError("disk full"), 1), (BrokenPipeError("a helper is gone"), 1)],
+)
 def test_what_a_user_can_mend_is_one_line(monkeypatch, capsys, error: Exception, code: int) -> None:
     monkeypatch.setattr(command, "import_module", sub_command(error))
     assert command.main(["convert"]) == code
