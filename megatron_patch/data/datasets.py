@@ -13,6 +13,7 @@ It does not know models or the training loop.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -229,7 +230,10 @@ def batches(
     Raises ValueError if a token id is not below vocab_size: the data was made with another tokenizer.
     """
     order = sample_indices(len(dataset), consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
-    loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    pin = torch.cuda.is_available()
+    loader = DataLoader(
+        dataset, batch_sampler=order, num_workers=num_workers, pin_memory=pin, worker_init_fn=_leave_group
+    )
     for sample in loader:
         batch = {key: sample[key] for key in (*KEYS, STARTS) if key in sample}
         largest = int(torch.maximum(batch["tokens"].max(), batch["labels"].max()))
@@ -239,6 +243,11 @@ def batches(
                 "it was made with another tokenizer"
             )
         yield batch
+
+
+def _leave_group(_: int) -> None:
+    """In a worker: launchers signal a whole group of processes, and a run that is to stop still needs its data."""
+    os.setpgrp()
 
 
 def sample_indices(

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_patch.backend.torch_adam import prepare_adam_for_loading, unshare_adam_steps
-from megatron_patch.checkpoint.directory import iteration_directory, staging, write_tracker
+from megatron_patch.checkpoint.directory import is_legacy, iteration_directory, staging, write_tracker
 
 # One format for every optimizer that survives a change of the tensor, pipeline and data parallel sizes.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -93,6 +95,9 @@ def save(root: str, trainer: Trainer, progress: Progress, settings: Mapping[str,
     with ExitStack() as stack:
         staged = [str(stack.enter_context(staging(final, overwrite=True)))] if dist.get_rank() == 0 else [None]
         dist.broadcast_object_list(staged)
+        # Core would keep a process for what its writer reports. Launchers signal a whole group of processes: that one
+        # would end, and the checkpoint that the signal asks for could not be written.
+        filesystem_async._results_queue = SimpleQueue()
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         dist_checkpointing.save(state, staged[0], strategy, content_metadata=_METADATA)
         dist.barrier()
@@ -113,11 +118,14 @@ def load(directory: Path, trainer: Trainer, *, with_optimizer: bool) -> Progress
     """Restore everything that a checkpoint of a training run holds and this layout can take.
 
     Raises:
-        ValueError: it holds no training state, or one of an optimizer of another kind.
+        ValueError: it holds no training state, one of another program, or of an optimizer of another kind.
     """
-    common = dist_checkpointing.load_common_state_dict(str(directory))
-    if "opt_param_scheduler" not in common:
-        raise ValueError(f"{directory} holds weights only; give --finetune to start a new run from them")
+    common = {} if is_legacy(directory) else dist_checkpointing.load_common_state_dict(str(directory))
+    if not {"opt_param_scheduler", "layout"} <= common.keys():
+        raise ValueError(
+            f"{directory} holds weights only, or a training state of another program; give --finetune to start a new "
+            "run from the weights"
+        )
     saved = Layout(**common["layout"])
     if with_optimizer and saved.distributed_optimizer != trainer.layout.distributed_optimizer:
         raise ValueError(

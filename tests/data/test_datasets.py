@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,15 @@ def test_good_arguments_pass_without_a_word(write_dataset):
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
+
+
+def test_a_process_that_reads_ahead_hears_no_signal_to_the_group_of_its_own() -> None:
+    samples = [dict.fromkeys(KEYS, torch.zeros(4, dtype=torch.long))] * 8
+    before = multiprocessing.active_children()
+    stream = batches(samples, 0, 1, 10, num_workers=1)
+    next(stream)
+    (reader,) = set(multiprocessing.active_children()) - set(before)
+    assert os.getpgid(reader.pid) == reader.pid
 
 
 def test_batches_are_the_samples_in_order(tokenizer, write_dataset):

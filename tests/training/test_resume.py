@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,8 +31,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def stop_at(rank: int, world_size: int, args: Any, iteration: int) -> int:
-    """For the worker pool: a run that gets SIGTERM during an iteration."""
+def stop_at(rank: int, world_size: int, args: Any, iteration: int, whole_group: bool = False) -> int:
+    """For the worker pool: a run that gets SIGTERM during an iteration; with the processes it started, if asked."""
     from megatron_patch.training import loop
 
     original, calls = loop.train_step, []
@@ -39,6 +41,9 @@ def stop_at(rank: int, world_size: int, args: Any, iteration: int) -> int:
         calls.append(1)
         if len(calls) == iteration and rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
+            for child in multiprocessing.active_children() if whole_group else ():
+                child.terminate()
+                child.join(10)
         return original(*arguments)
 
     loop.train_step = step
@@ -75,6 +80,15 @@ def test_a_run_stopped_by_sigterm_resumes_bit_for_bit(
     expected = weights(whole)
     assert {name for name, tensor in weights(tmp_path).items() if not torch.equal(tensor, expected[name])} == set()
     assert any("exp_avg" in name for name in expected)
+
+
+def test_a_signal_to_its_whole_group_lets_a_run_save_though_it_has_saved_before(
+    run: Callable[..., Path], pool: Any, workplace: Path, plain: Path, tmp_path: Path
+) -> None:
+    args = arguments(workplace, tmp_path, save_interval=4)
+    assert pool.run(stop_at, 1, args, 10, True) == [10]
+    assert latest(tmp_path)[1] == 10
+    assert curve(tmp_path, "loss") == curve(plain, "loss")[:10]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +140,23 @@ def test_a_run_that_began_anew_resumes_when_its_command_is_given_again(
 def test_another_kind_of_optimizer_is_refused_by_name(run: Callable[..., Path], plain: Path) -> None:
     with pytest.raises(AssertionError, match="--use-distributed-optimizer"):
         run(1, load=str(plain), use_distributed_optimizer=True, train_iters=30)
+
+
+@pytest.mark.parametrize("form", ["legacy", "torch_dist"])
+def test_the_training_state_of_another_program_is_refused_with_what_to_do(
+    form: str, plain: Path, tmp_path: Path
+) -> None:
+    from megatron_patch.training import checkpointing
+
+    other = tmp_path / "iter_0000020"
+    if form == "legacy":
+        (other / "mp_rank_00").mkdir(parents=True)
+    else:
+        shutil.copytree(latest(plain)[0], other)
+        common = torch.load(other / "common.pt", weights_only=False)
+        torch.save({name: value for name, value in common.items() if name != "layout"}, other / "common.pt")
+    with pytest.raises(ValueError, match="another program; give --finetune"):
+        checkpointing.load(other, None, with_optimizer=True)
 
 
 def test_without_optimizer_state_the_weights_and_the_schedule_go_on(run: Callable[..., Path], plain: Path) -> None:
