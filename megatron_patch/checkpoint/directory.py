@@ -222,7 +222,7 @@ def resumable(final: str | Path, plan: Mapping[str, Any], *, overwrite: bool, re
     refuse_existing(final, overwrite)
     staged = partial_of(final)
     staged.mkdir(exist_ok=True)
-    with _locked(staged):
+    with locked(staged):
         _begin(staged, plan, resume)
         try:
             yield staged
@@ -254,13 +254,13 @@ def drop_partial(final: str | Path) -> None:
     """Remove what lies where `resumable` works, now that `final` is whole: it may be what was replaced."""
     staged = partial_of(final)
     if staged.exists():
-        with _locked(staged):
+        with locked(staged):
             _forget(staged)
             shutil.rmtree(staged)
 
 
 @contextmanager
-def _locked(staged: Path) -> Iterator[None]:
+def locked(staged: Path) -> Iterator[None]:
     """Hold a directory against other processes; the lock ends with the process, however that ends."""
     descriptor = os.open(staged, os.O_RDONLY)
     try:
@@ -279,7 +279,7 @@ def _locked(staged: Path) -> Iterator[None]:
 def _begin(staged: Path, plan: Mapping[str, Any], resume: bool) -> None:
     plan, begun = json.loads(json.dumps(plan)), _begun(staged)
     if resume and begun is not None and begun != plan:
-        changed = "; ".join(_changes(begun, plan))
+        changed = "; ".join(changes(begun, plan))
         raise ValueError(f"{staged} was begun with something else: {changed}. Start over without --resume")
     if not resume or begun is None:
         _forget(staged)
@@ -297,12 +297,12 @@ def _begun(staged: Path) -> dict[str, Any] | None:
     return content["plan"] if content and file.name == MANIFEST else content
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[str]:
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[str]:
     """Where two plans differ, and how."""
     for key in {**before, **now}:
         one, other, place = before.get(key), now.get(key), f"{where}{key}"
         if isinstance(one, dict) and isinstance(other, dict):
-            yield from _changes(one, other, f"{place} ")
+            yield from changes(one, other, f"{place} ")
         elif one != other:
             yield f"{place} was {one}, now is {other}"
 

@@ -128,6 +128,18 @@ def open_source(
     return TorchDistSource(weights, folder, reader, describe(config, reader.content()))
 
 
+def open_weights(path: str | Path, *, hf_config: str | Path | None = None, trust_pickle: bool = False) -> Path | Source:
+    """What `load_model` takes, for a checkpoint of any format: see `open_source`.
+
+    To be called before there is a parallel state: describing a model makes one of its own.
+    """
+    path = Path(path)
+    torch_dist = directory.is_megatron(path) and not directory.is_legacy(directory.locate(path)[1])
+    if torch_dist and not hf_config:
+        return path  # megatron-core loads it at any layout
+    return open_source(path, hf_config=hf_config, trust_pickle=trust_pickle)
+
+
 def _config(root: Path, folder: Path) -> Mapping[str, Any]:
     if not (folder / directory.CONFIG).is_file():
         raise ValueError(

@@ -68,15 +68,20 @@ def beginning(tokenizer: Tokenizer, kind: Literal["auto", "bos", "eod"] = "auto"
         ValueError: the tokenizer has no such token.
     """
     if kind == "auto":
-        plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
-        starts = (n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain)
-        if own := whole[: next(starts, 0)]:
-            return tuple(own)
+        if own := own_beginning(tokenizer):
+            return own
         kind = "eod" if tokenizer.bos is None else "bos"
     token = tokenizer.bos if kind == "bos" else tokenizer.eod
     if token is None:
         raise ValueError(f"--begin-with {kind}: the tokenizer in {tokenizer.directory!r} has no such token")
     return (token,)
+
+
+def own_beginning(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What the tokenizer itself puts before a text, if anything."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    starts = (n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain)
+    return tuple(whole[: next(starts, 0)])
 
 
 def read_text(name: str, reading: Reading) -> Dataset:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -56,6 +57,12 @@ def rolling(ids: np.ndarray, begin: Sequence[int], seq_length: int, stride: int)
         yield Row(whole[max(0, end - seq_length - 1) : end], counts)
         counts = min(stride, len(whole) - end)
         end += counts
+
+
+def sums(found: np.ndarray, documents: Sequence[Sequence[Row]]) -> np.ndarray:
+    """What was found of the rows of all documents, one after another, added up for each document."""
+    ends = accumulate(map(len, documents), initial=0)
+    return np.array([found[first:last].sum() for first, last in pairwise(ends)])
 
 
 @dataclass(frozen=True)

@@ -10,31 +10,46 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from megatron_patch.checkpoint.directory import is_huggingface, is_megatron
+from megatron_patch.checkpoint.arguments import LoadArgs
+from megatron_patch.data.sft.arguments import OWN_TEMPLATE, template_problems
 from megatron_patch.generation.params import SamplingParams
 
 _SUFFIXES = (".txt", ".jsonl")
 
 
 @dataclass(frozen=True)
-class GenerateArgs:
-    """Continue prompts with a Megatron checkpoint, in any tensor and pipeline parallel layout."""
+class GenerateArgs(LoadArgs):
+    """Continue prompts, or answer them as turns of a chat, with a checkpoint in any tensor and pipeline parallel
+    layout."""
 
-    load: str
-    """Megatron checkpoint: its root, or the directory of one iteration. `megatron-patch convert` makes one."""
     prompt: tuple[str, ...] = ()
     """A prompt; may be given several times."""
     prompts_file: str | None = None
     """File of prompts instead: .txt with one in a line, or .jsonl with one JSON object in a line."""
     prompt_key: str = "prompt"
-    """Key of the JSON objects whose string is the prompt."""
+    """Key of the JSON objects whose string is the prompt. An object's own `max_new_tokens` and `seed` count before the
+    flags; its `stop` (a string or a list) counts as well as --stop."""
     output: str | None = None
-    """Write JSON lines to this file: each prompt's own fields, `completion`, `num_tokens` and `finish_reason` (eos or
-    length). Without it, prompts and completions are printed."""
+    """Write JSON lines to this file: each prompt's own fields, `completion`, `num_tokens` and `finish_reason` (eos,
+    stop or length). A killed run goes on when the same command is given again. Without it, everything is printed."""
     overwrite: bool = False
-    """Replace the output file if it exists."""
+    """Begin anew, and replace the output file if it exists."""
+    chat: bool = False
+    """A prompt is a user's turn, or a conversation under --messages-key, and is put into the chat template."""
+    chat_template: str = OWN_TEMPLATE
+    """For --chat: the tokenizer's own chat template (tokenizer), a file with a Jinja template, or the name of one, as
+    for `finetune`."""
+    system: str | None = None
+    """For --chat: system message of conversations that have none."""
+    messages_key: str = "messages"
+    """For --chat: key of the JSON objects whose list of turns is the conversation."""
     max_new_tokens: int = 64
     """Most tokens to generate for a prompt; fewer where the model ends its text."""
+    stop: tuple[str, ...] = ()
+    """A completion ends before this text; may be given several times."""
+    logprobs: bool = False
+    """Also write `tokens` and `logprobs`: each generated token, and the natural logarithm of the probability that the
+    model gave it (of the logits in float32, before temperature, penalty and filters)."""
     temperature: float = SamplingParams.temperature
     """Logits are divided by it before drawing; 0 is greedy: always the most likely token."""
     top_k: int = SamplingParams.top_k
@@ -46,7 +61,7 @@ class GenerateArgs:
     seed: int = SamplingParams.seed
     """Of the random draws. The same seed gives the same text in every parallel layout and batch size."""
     batch_size: int = 8
-    """Prompts computed at a time."""
+    """Prompts computed at a time; one that is finished makes room for the next."""
     parse_special_tokens: bool = False
     """Read special tokens that are spelled out in a prompt (such as </s>) as control tokens, not as text."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -63,7 +78,8 @@ class GenerateArgs:
 
     def validate(self) -> None:
         """Raises ValueError naming everything that is wrong with these arguments."""
-        problems = [*self._load_problems(), *self._prompt_problems(), *self._output_problems()]
+        problems = [*self.load_problems(), *self._prompt_problems(), *self._output_problems()]
+        problems += self._chat_problems()
         counts = ("max_new_tokens", "batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
         for name in counts:
             if getattr(self, name) < 1:
@@ -84,16 +100,6 @@ class GenerateArgs:
                 f"{tensor * pipeline} processes, not {num_processes}; choose --nproc-per-node {tensor * pipeline}"
             )
 
-    def _load_problems(self) -> list[str]:
-        if not Path(self.load).is_dir():
-            return [f"--load {self.load}: no such directory"]
-        if is_huggingface(self.load):
-            advice = f"megatron-patch convert --source {self.load} --target CHECKPOINT"
-            return [f"--load {self.load}: is a Hugging Face directory; convert it first: {advice}"]
-        if not is_megatron(self.load):
-            return [f"--load {self.load}: no Megatron checkpoint (latest_checkpointed_iteration.txt is missing)"]
-        return []
-
     def _prompt_problems(self) -> list[str]:
         if bool(self.prompt) == bool(self.prompts_file):
             return ["give the prompts: either --prompt TEXT (again for each) or --prompts-file FILE"]
@@ -112,3 +118,16 @@ class GenerateArgs:
         if path.exists() and not self.overwrite:
             return [f"--output {self.output}: exists; give --overwrite to replace it, or another name"]
         return []
+
+    def _chat_problems(self) -> list[str]:
+        problems = ["--stop: must not be empty"] if "" in self.stop else []
+        if self.logprobs and self.output is None:
+            problems.append("--logprobs: is written to --output FILE; give one")
+        if self.chat:
+            problems += template_problems(self.chat_template)
+            if self.parse_special_tokens:
+                problems.append("--parse-special-tokens is not for --chat: there a user's text is always text")
+            return problems
+        defaults = {one.name: one.default for one in fields(self)}
+        idle = [name for name in ("chat_template", "system", "messages_key") if getattr(self, name) != defaults[name]]
+        return problems + [f"--{name.replace('_', '-')} is for --chat, which is not given" for name in idle]

@@ -6,10 +6,16 @@ padded, so every parallel layout chooses the same tokens. Shapes: B rows, V voca
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_patch.generation.params import SamplingParams
+
+_DRAWS = 64
+"""Made at a time."""
 
 
 def choose(logits_BV: Tensor, params: SamplingParams, seen_BV: Tensor | None, draws_B: Tensor | None) -> Tensor:
@@ -60,7 +66,9 @@ def sample(logits_BV: Tensor, draws_B: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
 
 
-def uniform_draws(num_rows: int, num_steps: int, seed: int) -> Tensor:
-    """The draws [num_rows, num_steps] of a whole run: the same on every rank and device, and for every batch size."""
-    # Single precision keeps the largest draw clear of 1 when it is multiplied in double precision.
-    return torch.rand((num_rows, num_steps), generator=torch.Generator().manual_seed(seed))
+def uniform_draws(seed: int, stream: int) -> Iterator[float]:
+    """The draws of one text: the same on every rank and device, whatever else is generated (Salmon et al. 2011)."""
+    generator = np.random.Generator(np.random.Philox(key=(seed, stream)))
+    while True:
+        # Single precision keeps the largest draw clear of 1 when it is multiplied in double precision.
+        yield from generator.random(_DRAWS, dtype=np.float32).tolist()

@@ -9,29 +9,25 @@ Parses, validates, runs and prints the report; all else is in `megatron_patch.ev
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict
-from pathlib import Path
 
 import tyro
 
 from megatron_patch.evaluation.arguments import EvaluateArgs
+from megatron_patch.launch.reports import write_json
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; what goes wrong is raised, a user's mistake as ValueError."""
     args = _parse(argv)
     args.check_world(int(os.environ.get("WORLD_SIZE", "1")))
-    from megatron_patch.checkpoint.directory import write_text
     from megatron_patch.evaluation.evaluate import evaluate
     from megatron_patch.evaluation.report import show
 
     report = evaluate(args)
     if report is not None:
         show(report)
-        if args.json:
-            write_text(Path(args.json), json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
+        write_json(report, args.json)
     return 0
 
 

@@ -60,6 +60,10 @@ COMMANDS = {
     "evaluate": Command(
         "loss and perplexity of a checkpoint on text or indexed data", True, "evaluation.arguments:EvaluateArgs"
     ),
+    "choices": Command(
+        "accuracy on local questions of several choices, or of a last word", True, "evaluation.arguments:ChoicesArgs"
+    ),
+    "harness": Command("tasks of lm-evaluation-harness with a checkpoint", True, "evaluation.arguments:HarnessArgs"),
     "generate": Command("continue prompts with a checkpoint", True, "generation.arguments:GenerateArgs", repeats=True),
 }
 

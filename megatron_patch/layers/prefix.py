@@ -37,6 +37,10 @@ class Context:
         """Some rows only."""
         return Context(self.length_B[rows], self.anchor_B[rows])
 
+    def put(self, rows: Tensor, other: Context) -> None:
+        """Give these rows those of another."""
+        self.length_B[rows], self.anchor_B[rows] = other.length_B, other.anchor_B
+
     def positions(self, index_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Position and block position, [B, S] each, of tokens that stand at these places of their texts."""
         length, anchor = self.length_B[:, None], self.anchor_B[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 from tests.tiny import VARIANTS, hf_llama, hf_moe
 from tests.tokenizer import make
+
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # no test asks for the network
 
 Tiny = Callable[[str], tuple[torch.nn.Module, str]]
 

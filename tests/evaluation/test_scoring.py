@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_patch.evaluation.windows import Row
 from tests.evaluation.conftest import Tiny
-from tests.evaluation.runs import documents, ours, theirs, windows
+from tests.evaluation.runs import documents, greedy, ours, scored, theirs, windows
 from tests.workers import Pool
 
 TP2, PP2 = dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2)
@@ -96,6 +97,36 @@ def test_a_stride_of_one_gives_every_token_all_the_context_there_is(tiny: Tiny, 
             total -= model(context).logits[0, -1].float().log_softmax(-1)[whole[end]].item()
     (answer,) = pool.run(ours, 1, {}, [(root, windows([ids], SEQ_LENGTH, 1)[0], 4)])[0]
     assert sum(answer) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "TP2xPP2+SP", "PP2xDP2"])
+def test_a_row_is_greedy_if_each_token_that_counts_is_the_likeliest(tiny: Tiny, pool: Pool, layout: str) -> None:
+    model, root = tiny("gqa")
+    rows, expected = [], []
+    for ids in documents((9, 4, 17)):
+        likely = greedy(model, ids, 3)
+        for wrong in (None, 0, 1, 2):
+            answer = [(token + 1) % 200 if index == wrong else token for index, token in enumerate(likely)]
+            rows.append(Row(np.array([*ids, *answer]), 3))
+            expected.append(wrong is None)
+        rows.append(Row(np.array([*ids, *likely]), 4))  # one more counts, which is any token
+        expected.append(False)
+    world_size, places = LAYOUTS[layout]
+    assert {tuple(found[1]) for found in pool.run(scored, world_size, places, root, rows, 2)} == {tuple(expected)}
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2xPP2+SP"])
+def test_answers_of_one_token_to_the_same_question_cost_one_pass(tiny: Tiny, pool: Pool, layout: str) -> None:
+    model, root = tiny("gqa")
+    questions = documents((12, 30))
+    endings = ([7], 1), ([8], 1), ([9], 2), ([5, 7], 2), ([6, 7], 2), ([5, 8], 2)
+    rows = [Row(np.array([*ids, *ending]), counts) for ending, counts in endings for ids in questions]
+    expected = [theirs(model, [row.ids[1:]], 99, 99, int(row.ids[0])) for row in rows]
+    before = [theirs(model, [row.ids[1 : -row.counts]], 99, 99, int(row.ids[0])) for row in rows]
+    world_size, places = LAYOUTS[layout]
+    for sums, _, seen in pool.run(scored, world_size, places, root, rows, 1):
+        np.testing.assert_allclose(sums, np.subtract(expected, before)[:, 0], rtol=1e-5)
+        assert seen == 3 * len(questions)  # by what comes before the last token: nothing, 5, 6
 
 
 def test_no_rows_are_no_work(tiny: Tiny, pool: Pool) -> None:

@@ -355,7 +355,13 @@ def test_a_wrong_value_is_named_with_its_number_and_rule(
 
 
 @pytest.mark.parametrize("form", ["hugging face", "legacy"])
-def test_training_begins_with_checkpoints_of_every_format(form: str, place: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("word", "good", "name"),
+    [("pretrain", PRETRAIN, "PRETRAIN_CHECKPOINT_PATH"), ("generate", GENERATE, "CHECKPOINT_PATH")],
+)
+def test_checkpoints_of_every_format_are_read(
+    form: str, word: str, good: str, name: str, place: Path, capsys: Any
+) -> None:
     source = checkpoint(place / "source")
     if form == "hugging face":
         source = source / "huggingface"
@@ -363,7 +369,7 @@ def test_training_begins_with_checkpoints_of_every_format(form: str, place: Path
         shutil.rmtree(source / "release", ignore_errors=True)
         (source / "release/mp_rank_00").mkdir(parents=True)
     path = str(source.relative_to(place))
-    assert call("pretrain,pretrain-2023", [*changed(PRETRAIN, PRETRAIN_CHECKPOINT_PATH=path), "--dry-run"]) == 0
+    assert call(word, [*changed(good, word, **{name: path}), "--dry-run"]) == 0
     assert f"--load {path} " in capsys.readouterr().out
 
 

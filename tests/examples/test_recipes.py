@@ -34,8 +34,8 @@ def write(tmp_path: Path, text: str) -> Path:
     return tmp_path / "recipe.yaml"
 
 
-def test_the_four_commands_of_models_take_recipes() -> None:
-    assert sorted(WITH_RECIPES) == ["evaluate", "finetune", "generate", "pretrain"]
+def test_every_command_of_models_takes_a_recipe_and_has_one() -> None:
+    assert sorted(WITH_RECIPES) == ["choices", "evaluate", "finetune", "generate", "harness", "pretrain"]
     assert sorted(file.stem for file in RECIPES) == sorted(WITH_RECIPES)
 
 
@@ -68,7 +68,7 @@ def test_every_recipe_in_a_readme_is_one_that_is_accepted(name: str, monkeypatch
     monkeypatch.chdir(ROOT)
     blocks = readme.blocks((ROOT / "examples" / name).read_text())
     calls = [words for block in blocks for words in readme.commands(block)]
-    assert len(calls) == 5 and all("--config" in words and parse(words) for words in calls)
+    assert len(calls) == 7 and all("--config" in words and parse(words) for words in calls)
 
 
 def test_typed_flags_win_in_every_spelling(tmp_path: Path) -> None:

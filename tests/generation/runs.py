@@ -14,6 +14,8 @@ from tests.tiny import tokens
 LENGTHS = (3, 11, 1, 7, 16, 5, 9, 2)
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in LENGTHS]
 NEW = 40
+LIMITS = (9, 2, 14, 1, 5, 12, 3, 7)
+"""New tokens of each prompt: with three rows at a time, some finish beside others that go on, and one at once."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Request:
     """One call of the engine."""
 
     prompts: Sequence[Sequence[int]] = tuple(map(tuple, PROMPTS))
-    max_new_tokens: int = NEW
+    max_new_tokens: int | Sequence[int] = NEW
     params: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+from tests.evaluation.runs import Asked, answers, check_equal, harnessed
 from tests.generation.runs import Request, ours
 from tests.model.layouts import Layout
 from tests.workers import Pool
 
 NEW = 64
+LIMITS = (64, 24, 40, 5, 64, 33, 9, 17)
+"""New tokens of each prompt."""
 TEXTS = (
     "The capital of France is",
     "Once upon a time, in a land far away, there lived an old woman who",
@@ -76,18 +80,49 @@ def test_logits_and_loss_on_text_equal_transformers(pool: Pool, smollm2: Path, c
 
 
 @LAYOUTS
-def test_64_tokens_of_8_prompts_equal_transformers(
+def test_prompts_that_take_turns_in_three_rows_get_transformers_tokens(
     pool: Pool, checkpoint: str, prompts: list[list[int]], reference: list[list[int]], layout: Layout
 ) -> None:
-    request = Request(prompts=prompts, max_new_tokens=NEW)
+    request = Request(prompts=prompts, max_new_tokens=LIMITS, options=dict(batch_size=3))
+    expected = [ids[:limit] for ids, limit in zip(reference, LIMITS, strict=True)]
     for found in pool.run(ours, layout.world_size, {"model": checkpoint}, layout, request, timeout=600):
-        assert found["model"][0] == reference
+        assert found["model"][0] == expected
 
 
 def test_the_capital_of_france_is_paris(smollm2: Path, reference: list[list[int]]) -> None:
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(smollm2).decode(reference[0]).startswith(" Paris")
+
+
+QUESTIONS: Asked = (
+    [
+        *((TEXTS[0], f" {city}") for city in ("Paris", "London", "the city of Paris")),
+        *((TEXTS[5], f" {planet}") for planet in ("Jupiter", "Mars", "Saturn", "Venus")),
+        ("The sun rises in the east and sets in the", " west"),
+        ("Once upon a time, in a land far away, there lived an old", " woman"),
+    ],
+    ["Water freezes at zero degrees Celsius and boils at one hundred degrees."],
+    [(TEXTS[5], {"until": ["\n", "."], "max_gen_toks": 16}), (TEXTS[4], {"until": ["."], "max_gen_toks": 16})],
+)
+
+
+@pytest.fixture(scope="module")
+def judged(smollm2: Path) -> list[list[Any]]:
+    """The answers of lm-evaluation-harness's own backend."""
+    from lm_eval.models.huggingface import HFLM
+
+    return answers(HFLM(pretrained=str(smollm2), device="cpu", dtype="float32", batch_size=4), QUESTIONS)
+
+
+@LAYOUTS
+def test_the_harness_gets_what_it_gets_from_transformers(
+    pool: Pool, checkpoint: str, judged: list[list[Any]], layout: Layout
+) -> None:
+    sizes = {"tensor_model_parallel_size": layout.tensor, "pipeline_model_parallel_size": layout.pipeline}
+    assert {True, False} == {is_greedy for _, is_greedy in judged[0]}
+    for found in pool.run(harnessed, layout.world_size, checkpoint, QUESTIONS, sizes, timeout=600):
+        check_equal(found, judged)
 
 
 # ---------------------------------------------------------------------------------------------------- the tool for GGUF

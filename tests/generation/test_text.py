@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from megatron_patch.generation.arguments import GenerateArgs
-from megatron_patch.generation.text import Completion, Prompt, eos_token_ids, read_prompts
+from megatron_patch.generation.job import eos_token_ids
 from megatron_patch.launch import generate as command
 from tests.generation.runs import Request, theirs
 from tests.tiny import hf_llama
@@ -74,14 +76,132 @@ def test_completions_are_transformers_text_in_the_order_of_the_prompts(
         assert known + found["completion"] == whole
 
 
-def test_two_processes_write_what_one_writes(checkpoint: str, prompts_file: str, tmp_path: Path) -> None:
-    argv = ["--load", checkpoint, "--prompts-file", prompts_file, "--prompt-key", "question", "--max-new-tokens", "8"]
-    argv += ["--temperature", "1", "--top-p", "0.9", "--output"]
-    assert command.main([*argv, str(tmp_path / "one")]) == 0
-    parallel = ["--nproc-per-node", "2", "--pipeline-model-parallel-size", "2", *argv, str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "megatron_patch", "generate", *parallel], check=True, env=environment)
-    assert lines(tmp_path / "one") == lines(tmp_path / "two")
+SAMPLED = ["--temperature", "1", "--top-p", "0.9", "--logprobs", "--batch-size", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_every_format_and_layout_writes_the_same(
+    model: torch.nn.Module, checkpoint: str, prompts_file: str, tmp_path: Path
+) -> None:
+    from megatron_patch.checkpoint.convert import convert
+    from megatron_patch.checkpoint.opening import Wanted
+    from megatron_patch.checkpoint.sharding import Layout
+
+    convert(checkpoint, tmp_path / "legacy", Wanted(format="legacy", layout=Layout(2)))
+    argv = ["--prompts-file", prompts_file, "--prompt-key", "question", "--max-new-tokens", "8", *SAMPLED]
+    for name, load in (("torch_dist", checkpoint), ("huggingface", model.name_or_path)):
+        assert command.main([*argv, "--load", load, "--output", str(tmp_path / name)]) == 0
+    parallel = ["--nproc-per-node", "2", "--pipeline-model-parallel-size", "2", "--load", str(tmp_path / "legacy")]
+    words = [
+        sys.executable,
+        "-m",
+        "megatron_patch",
+        "generate",
+        *parallel,
+        *argv,
+        "--output",
+        str(tmp_path / "legacy."),
+    ]
+    subprocess.run(words, check=True, env=ENVIRONMENT)
+    first, *others = ([*map(rounded, lines(tmp_path / name))] for name in ("torch_dist", "huggingface", "legacy."))
+    assert others == [first, first]
+    assert all(len(one["tokens"]) == len(one["logprobs"]) == one["num_tokens"] for one in first)
+
+
+def rounded(answer: dict[str, Any]) -> dict[str, Any]:
+    return {**answer, "logprobs": [round(one, 3) for one in answer["logprobs"]]}
+
+
+DYING = """
+import os, signal, sys
+from megatron_patch.generation.answers import Answers
+from megatron_patch.launch.generate import main
+
+def dying(self, value, append=Answers._append):
+    if len(self.done) == 3:
+        self._file.write(b'[4, {"completion": "to')
+        self._file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(self, value)
+
+Answers._append = dying
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    checkpoint: str, prompts_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--load", checkpoint, "--prompts-file", prompts_file, "--prompt-key", "question", "--max-new-tokens", "9"]
+    argv += [*SAMPLED, "--output"]
+    assert command.main([*argv, str(tmp_path / "whole")]) == 0
+    output = tmp_path / "out.jsonl"
+    killed = subprocess.run([sys.executable, "-c", DYING, *argv, str(output)], env=ENVIRONMENT)
+    assert killed.returncode == -signal.SIGKILL and not output.exists()
+    with pytest.raises(ValueError, match="begun with something else: seed was 1234, now is 1. --overwrite begins anew"):
+        command.main([*argv, str(output), "--seed", "1"])
+    capsys.readouterr()
+    assert command.main([*argv, str(output)]) == 0
+    assert "3 prompts (2 were there already)" in capsys.readouterr().err
+    assert output.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_lines_own_limit_stop_and_seed_count(checkpoint: str, tmp_path: Path) -> None:
+    def answers(*prompts: dict[str, Any], flags: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+        file, output = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+        file.write_text("".join(json.dumps({"prompt": TEXTS[0], **one}) + "\n" for one in prompts))
+        argv = ["--load", checkpoint, "--prompts-file", str(file), "--output", str(output), "--overwrite"]
+        assert command.main([*argv, "--max-new-tokens", "16", *flags]) == 0
+        return lines(output)
+
+    (whole,) = answers({})
+    assert whole["finish_reason"] == "length" and whole["num_tokens"] == 16
+    stop = whole["completion"][5:7]
+    before = whole["completion"].partition(stop)[0]
+    short, stopped = answers({"max_new_tokens": 3}, {"stop": stop})
+    assert (short["num_tokens"], short["finish_reason"]) == (3, "length")
+    assert whole["completion"].startswith(short["completion"])
+    assert (stopped["completion"], stopped["finish_reason"]) == (before, "stop") and stopped["num_tokens"] < 16
+    assert stopped["stop"] == stop
+    for one in answers({}, {"stop": ["never there"]}, flags=("--stop", "nor this", "--stop", stop)):
+        assert (one["completion"], one["finish_reason"]) == (before, "stop")
+    drawn = answers({"seed": 3}, {"seed": 3}, {"seed": 4}, {}, flags=("--temperature", "2"))
+    assert drawn[0]["completion"] == drawn[1]["completion"]
+    assert len({one["completion"] for one in drawn}) == 3
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn_too(model: torch.nn.Module) -> None:
+    from megatron_patch.generation.job import _Job
+
+    args = GenerateArgs(load=model.name_or_path, prompt=("x",))
+    assert _Job.of(args).ends == (7, 8)
+    assert _Job.of(replace(args, chat=True, chat_template="llama2")).ends == (7, 8, 2)
+
+
+def test_a_chat_is_answered_by_its_template(
+    model: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, template = AutoTokenizer.from_pretrained(model.name_or_path), tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    turns = [dict(role="user", content="Hi"), dict(role="assistant", content="ok"), dict(role="user", content="x")]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(one) + "\n" for one in ({"said": turns}, {"prompt": "Hi"})))
+    argv = ["--load", model.name_or_path, "--prompts-file", str(tmp_path / "p.jsonl"), "--max-new-tokens", "6"]
+    argv += ["--chat", "--chat-template", str(template), "--messages-key", "said", "--system", "Be kind."]
+    assert command.main([*argv, "--output", str(tmp_path / "o.jsonl")]) == 0
+    asked = [[dict(role="system", content="Be kind."), *said] for said in (turns, turns[:1])]
+    options = dict(chat_template=template.read_text(), add_generation_prompt=True, return_dict=False)
+    ids = [tokenizer.apply_chat_template(said, **options) for said in asked]
+    answers = theirs(model, Request(prompts=ids, max_new_tokens=6), eos_token_id=[7, 8, tokenizer.eos_token_id])
+    for found, before, after in zip(lines(tmp_path / "o.jsonl"), ids, answers, strict=True):
+        whole, known = (tokenizer.decode(one, skip_special_tokens=True) for one in (before + after, before))
+        assert known + found["completion"] == whole and found["num_tokens"] == len(after)
+    assert command.main([*argv[:2], "--prompt", "Hi", *argv[4:]]) == 0
+    assert f"\nHi\n\n{lines(tmp_path / 'o.jsonl')[1]['completion']}\n" in capsys.readouterr().out
 
 
 def test_without_an_output_file_the_texts_are_printed(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,47 +217,8 @@ def test_the_models_own_ends_of_text_count_before_the_tokenizers(checkpoint: str
     from megatron_patch.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(huggingface_directory(checkpoint))
-    assert eos_token_ids(checkpoint, tokenizer) == (7, 8)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
-    (tmp_path / "release").mkdir()
-    for name in (".metadata", "metadata.json"):
-        (tmp_path / "release" / name).touch()
+    assert eos_token_ids(huggingface_directory(checkpoint), tokenizer) == (7, 8)
     assert eos_token_ids(tmp_path, tokenizer) == (tokenizer.eos,)
-
-
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
-def test_a_text_file_has_a_prompt_in_each_line(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_bytes(b"\xef\xbb\xbfone \r\n\n  \ntwo\n")
-    assert read_prompts((), str(file), "p") == [Prompt("one ", {"p": "one "}), Prompt("two", {"p": "two"})]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "a.jsonl",
-            b'{"prompt": "x"}\n{"prompt": 1}\n',
-            r"a\.jsonl:2: must be a JSON object with a string under 'prompt'",
-        ),
-        ("a.jsonl", b"\n[]\n", r"a\.jsonl:2: must be a JSON object"),
-        ("a.jsonl", b"{\n", r"a\.jsonl:1: is no valid JSON"),
-        ("a.jsonl", b'{"prompt": "x", "completion": "y"}\n', r"a\.jsonl:1: has the field 'completion' already"),
-        ("a.txt", b"ok\n\xff\n", r"a\.txt:2: is not UTF-8"),
-        ("a.txt", b"\n\n", "holds no prompt"),
-    ],
-)
-def test_a_broken_line_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_prompts((), str(tmp_path / name), "prompt")
-
-
-def test_a_completion_keeps_the_prompts_fields() -> None:
-    line = Completion(Prompt("天", {"id": 1, "p": "天"}), "\n气", 2, "eos").json()
-    assert line == '{"id": 1, "p": "天", "completion": "\\n气", "num_tokens": 2, "finish_reason": "eos"}'
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -161,6 +242,14 @@ def valid(checkpoint: str) -> Callable[..., GenerateArgs]:
         (dict(max_new_tokens=0), "--max-new-tokens 0: must be at least 1"),
         (dict(tensor_model_parallel_size=0), "--tensor-model-parallel-size 0"),
         (dict(top_k=3), "temperature=0 is greedy"),
+        (dict(stop=("a", "")), "--stop: must not be empty"),
+        (dict(logprobs=True), "--logprobs: is written to --output FILE"),
+        (dict(system="Be kind."), "--system is for --chat, which is not given"),
+        (dict(chat_template="chatml"), "--chat-template is for --chat"),
+        (dict(chat=True, chat_template="nowhere"), "--chat-template 'nowhere': no such file or name; give tokenizer"),
+        (dict(chat=True, parse_special_tokens=True), "--parse-special-tokens is not for --chat"),
+        (dict(hf_config="nowhere"), "--hf-config nowhere: no directory with a config.json"),
+        (dict(tokenizer_model="nowhere"), "--tokenizer-model nowhere: no such directory"),
     ],
 )
 def test_wrong_arguments_are_refused(valid: Callable[..., GenerateArgs], changes: dict[str, Any], message: str) -> None:
@@ -172,11 +261,6 @@ def test_wrong_arguments_are_refused(valid: Callable[..., GenerateArgs], changes
 def test_all_problems_are_told_at_once(valid: Callable[..., GenerateArgs]) -> None:
     with pytest.raises(ValueError, match=r"--batch-size 0.*\n.*top_p=2"):
         valid(batch_size=0, temperature=1.0, top_p=2.0).validate()
-
-
-def test_a_hugging_face_directory_is_to_be_converted_first(model: torch.nn.Module) -> None:
-    with pytest.raises(ValueError, match="convert it first: megatron-patch convert --source"):
-        GenerateArgs(load=model.name_or_path, prompt=("x",)).validate()
 
 
 def test_the_number_of_processes_must_fit_the_layout(checkpoint: str) -> None:

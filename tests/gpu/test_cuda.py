@@ -74,21 +74,43 @@ def test_the_flash_kernel_takes_grouped_queries_in_bf16(world: None, checkpoints
     assert (found - expected).norm() / expected.norm() < 0.05
 
 
-def test_greedy_generation_equals_transformers(world: None, checkpoints: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_greedy_generation_equals_transformers(
+    world: None, checkpoints: tuple[Path, Path], batch_size: int | None
+) -> None:
     from transformers import AutoModelForCausalLM
 
     from megatron_patch.checkpoint.logits import load_model
     from megatron_patch.generation import generate
     from megatron_patch.training.initialize import device
 
-    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 11, 7)]
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 11, 7, 1, 5)]
     (model,) = load_model(checkpoints[1], torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(checkpoints[0], dtype=torch.float32).to(device())
     options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     ids = [torch.tensor([prompt], device=device()) for prompt in prompts]
     expected = [reference.generate(one, attention_mask=torch.ones_like(one), **options)[0].tolist() for one in ids]
-    found = generate(model, prompts, max_new_tokens=20)
-    assert [prompt + new for prompt, new in zip(prompts, found, strict=True)] == expected
+    limits = [20, 4, 9, 20, 13]  # rows end at different times, and others take their places
+    found = generate(model, prompts, max_new_tokens=limits, batch_size=batch_size)
+    wanted = [ids[: len(prompt) + limit] for ids, prompt, limit in zip(expected, prompts, limits, strict=True)]
+    assert [prompt + new for prompt, new in zip(prompts, found, strict=True)] == wanted
+
+
+def test_scores_of_texts_equal_transformers(world: None, checkpoints: tuple[Path, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from megatron_patch.checkpoint.logits import load_model
+    from megatron_patch.evaluation.scoring import score
+    from megatron_patch.evaluation.windows import Row
+    from megatron_patch.training.initialize import device
+
+    (model,) = load_model(checkpoints[1], torch.float32, parallel_output=True)
+    reference = AutoModelForCausalLM.from_pretrained(checkpoints[0], dtype=torch.float32).to(device())
+    texts = [tokens(1, length, seed=length)[0] for length in (9, 30, 17)]
+    found = score(model, [Row(ids.numpy(), len(ids) - 1) for ids in texts], micro_batch_size=2)
+    for ids, value in zip(texts, found.negative_log_likelihood, strict=True):
+        loss = reference(ids[None].to(device()), labels=ids[None].to(device())).loss
+        assert value / (len(ids) - 1) == pytest.approx(loss.item(), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -99,12 +99,24 @@ RULES = {
     "memory": Rule(never=("megatron", "transformers", *_COMMAND_LINE, *_DISK)),
     "generation": Rule(may=("model", "layers", "backend"), never=("transformers", *_COMMAND_LINE, *_DISK)),
     "generation.arguments": Rule(
-        may=("checkpoint.directory", "generation.params"), never=("torch", "megatron", "transformers")
+        may=("checkpoint.arguments", "data.sft.arguments", "generation.params"),
+        never=("torch", "megatron", "transformers", *_COMMAND_LINE),
     ),
-    "generation.text": Rule(
-        may=("generation", "progress", "tokenizer", "checkpoint.directory", "checkpoint.megatron", *_MODEL),
-        never=("transformers", *_COMMAND_LINE),
+    "generation.stops": Rule(may=("tokenizer",), never=("torch", "megatron", "transformers", *_COMMAND_LINE, *_DISK)),
+    "generation.prompts": Rule(
+        may=("data.readers", "data.sft.conversations"), never=("torch", "megatron", "transformers", *_COMMAND_LINE)
     ),
+    "generation.answers": Rule(
+        may=("generation.prompts", "checkpoint.directory"),
+        never=("torch", "megatron", "transformers", *_COMMAND_LINE),
+    ),
+    "generation.chat": Rule(
+        may=("tokenizer", "data.sft"), never=("torch", "megatron", "transformers", *_COMMAND_LINE, *_DISK)
+    ),
+    "generation.job": Rule(
+        may=(*_EVERYTHING, "generation", "progress"), never=("transformers", "safetensors", *_COMMAND_LINE)
+    ),
+    "generation.text": Rule(may=("generation", "tokenizer", *_MODEL), never=("transformers", *_COMMAND_LINE, *_DISK)),
     "vocab.arguments": Rule(
         may=("checkpoint.directory", "data.arguments", "data.readers"),
         never=("torch", "megatron", "transformers", *_COMMAND_LINE),
@@ -127,14 +139,14 @@ RULES = {
         never=("megatron", "torch.distributed", *_COMMAND_LINE),
     ),
     "evaluation.arguments": Rule(
-        may=("checkpoint.directory", "data.arguments", "training.arguments"),
+        may=("checkpoint.arguments", "data.arguments", "training.arguments"),
         never=("torch", "megatron", "transformers", "numpy", *_COMMAND_LINE),
     ),
     "evaluation.windows": Rule(never=("torch", "megatron", "transformers", *_COMMAND_LINE, *_DISK)),
     "evaluation.scoring": Rule(
         may=("evaluation.windows", "model", "layers", "backend"), never=("transformers", *_COMMAND_LINE, *_DISK)
     ),
-    "evaluation": Rule(may=(*_EVERYTHING, "progress", "vocab.corpus"), never=_COMMAND_LINE),
+    "evaluation": Rule(may=(*_EVERYTHING, "generation", "progress", "vocab.corpus"), never=_COMMAND_LINE),
     "launch": Rule(may=(*_EVERYTHING, "progress", "generation", "evaluation", "memory", "recipe", "vocab")),
     "__init__": Rule(may=("backend",), never=("torch", "megatron", "transformers")),
     "__main__": Rule(may=("launch",)),

@@ -1,4 +1,5 @@
-"""Reads a README: its headings, its code blocks, the commands in them and the paths of its annotated tree."""
+"""Reads a README or guide: its headings, links and code spans, its code blocks, the commands in them and the paths of
+its annotated tree."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from pathlib import Path
 _HEADING = re.compile(r"(#+) ")
 _FENCE = re.compile(r"\s*```+(?P<language>\w*)")
 _PATH = re.compile(r"[\w.*<>-]+(/[\w.*<>-]+)*(/|\.\w+)|\.ci/run|LICENSE")
+_VARIABLE = re.compile(r"[A-Z_]+=")
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_SPAN = re.compile(r"`([^`]+)`")
 _BRANCHES = str.maketrans("│├└─", "    ")
 SHELL = ("bash", "sh", "console", "shell")
 
@@ -28,11 +32,39 @@ def headings(text: str) -> list[int]:
     return [len(match[1]) for line in _outside_blocks(text) if (match := _HEADING.match(line))]
 
 
+def links(text: str) -> list[str]:
+    """The targets of all links and pictures."""
+    return [target for line in _outside_blocks(text) for target in _LINK.findall(line)]
+
+
+def spans(text: str) -> list[str]:
+    """What stands between backticks, outside code blocks; one may go over the end of a line."""
+    return [" ".join(span.split()) for span in _SPAN.findall("\n".join(_outside_blocks(text)))]
+
+
+def anchors(text: str) -> set[str]:
+    """What a link to a section of this text may say behind #."""
+    titles = (line.lstrip("#").strip() for line in _outside_blocks(text) if _HEADING.match(line))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def first_cells(text: str, header: str) -> list[list[str]]:
+    """The code spans of the first cell of each row of the tables whose first column is called `header`."""
+    rows, inside = [], False
+    for line in _outside_blocks(text):
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("|") else []
+        inside = bool(cells) and (inside or cells[0] == header)
+        if inside and cells[0] != header and set(cells[0]) - set("-|"):
+            rows.append(_SPAN.findall(cells[0]))
+    return rows
+
+
 def _outside_blocks(text: str) -> Iterator[str]:
     inside = False
     for line in text.splitlines():
-        inside ^= bool(_FENCE.match(line))
-        if not inside:
+        fence = bool(_FENCE.match(line))
+        inside ^= fence
+        if not inside and not fence:
             yield line
 
 
@@ -59,13 +91,41 @@ def without_comments(block: Block) -> list[str]:
     return [line for line in (re.sub(r"(^|\s+)# .*", "", line).rstrip() for line in block.lines) if line]
 
 
-def commands(block: Block, program: str = "megatron-patch") -> list[list[str]]:
-    """The arguments of every call of `program` in a shell block; `$ ` prompts and continued lines are understood."""
+@dataclass(frozen=True)
+class Call:
+    """A line of a shell block."""
+
+    variables: dict[str, str]
+    """Set before the command, for it alone."""
+    words: list[str]
+
+
+def calls(block: Block) -> list[Call]:
+    """Every line of a shell block but those of files in it; `$ ` prompts and continued lines are understood."""
     if block.language not in SHELL:
         return []
-    joined = "\n".join(block.lines).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line.strip().removeprefix("$ "), comments=True) for line in joined if program in line]
-    return [line[1:] for line in words if line and line[0] == program]
+    without_files = re.sub(r"<<'(\w+)'\n.*?\n\1$", "", "\n".join(block.lines), flags=re.DOTALL | re.MULTILINE)
+    joined = without_files.replace("\\\n", " ").splitlines()
+    lines = (shlex.split(line.strip().removeprefix("$ "), comments=True) for line in joined)
+    found = []
+    for words in lines:
+        count = next((i for i, word in enumerate(words) if not _VARIABLE.match(word)), len(words))
+        found.append(Call(dict(word.split("=", 1) for word in words[:count]), words[count:]))
+    return [call for call in found if call.words]
+
+
+def arguments(words: list[str], program: str = "megatron-patch") -> list[str] | None:
+    """What a call hands to `program`, under torchrun or not; None if it calls another."""
+    module = program.replace("-", "_")
+    if words[0] == "torchrun" and module in words:
+        return words[words.index(module) + 1 :]
+    return words[1:] if words[0] == program else None
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The arguments of every call of ours in a shell block."""
+    found = (arguments(call.words) for call in calls(block))
+    return [words for words in found if words is not None]
 
 
 def scripts(block: Block) -> list[str]:

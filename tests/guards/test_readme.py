@@ -1,4 +1,4 @@
-"""The READMEs are held against the disk and against the real parser, and against each other."""
+"""The READMEs are held against the disk and against the real parser, and against each other; docs/ in test_docs.py."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from tests.guards.cli_surface import parse
 from tests.guards.imports import ROOT
 
 FILES = ["README.md", "README.zh-CN.md"]
-CONVERTER = ["docs/converter.md", "docs/converter.zh-CN.md"]
-ADDING = ["docs/adding_a_family.md", "docs/adding_a_family.zh-CN.md"]
-GUIDES = CONVERTER + ADDING
 
 
 def blocks(name: str) -> list[readme.Block]:
@@ -27,7 +24,7 @@ def test_the_annotated_tree_names_only_what_exists(name: str) -> None:
     assert [path for tree in trees for path in readme.missing_paths(tree, ROOT)] == []
 
 
-@pytest.mark.parametrize("name", FILES + GUIDES)
+@pytest.mark.parametrize("name", FILES)
 def test_every_command_is_one_that_the_parser_accepts(name: str) -> None:
     commands = [command for block in blocks(name) for command in readme.commands(block)]
     assert commands, "no megatron-patch command in a ```bash block"
@@ -42,9 +39,8 @@ def test_every_script_it_starts_exists(name: str) -> None:
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
 
 
-@pytest.mark.parametrize("names", [FILES, CONVERTER, ADDING], ids=["READMEs", "converter", "adding"])
-def test_both_languages_have_the_same_sections_and_the_same_code(names: list[str]) -> None:
-    english, chinese = ((ROOT / name).read_text() for name in names)
+def test_both_languages_have_the_same_sections_and_the_same_code() -> None:
+    english, chinese = ((ROOT / name).read_text() for name in FILES)
     assert readme.headings(english) == readme.headings(chinese)
     code = [[readme.without_comments(block) for block in readme.blocks(text)] for text in (english, chinese)]
     assert code[0] == code[1]

@@ -52,7 +52,7 @@ def test_the_cache_rotates_each_row_by_its_own_positions(dim: int) -> None:
     rotary = Rotary(Rope(), dim)
     query_SBHD = _qkv(7, 2)[0]
     angles = rotary(7)
-    cache = KVCache(torch.tensor([0, 3]), 10)
+    cache = KVCache(torch.tensor([0, 3]))
     with cache.attached(rotary):
         with cache.step(7):
             assert rotary(7) is None
@@ -113,7 +113,7 @@ def test_a_mask_in_cores_sense_hides_what_is_true() -> None:
 @pytest.mark.parametrize("padding", [[0, 0, 0], [0, 2, 5]])
 def test_attention_with_a_cache_equals_attention_without(padding: list[int]) -> None:
     attention, (query, key, value) = _attention(SDPAttention), _qkv()
-    cache, outputs = KVCache(torch.tensor(padding), 12), []
+    cache, outputs = KVCache(torch.tensor(padding)), []
     for begin, end in [(0, 7), (7, 8), (8, 11), (11, 12)]:
         with cache.attached(attention), cache.step(end - begin):
             outputs.append(attention(*(t[begin:end] for t in (query, key, value)), None))
@@ -124,10 +124,49 @@ def test_attention_with_a_cache_equals_attention_without(padding: list[int]) -> 
         torch.testing.assert_close(whole[pad:, row : row + 1], alone)
 
 
-def test_a_full_cache_says_so() -> None:
-    cache = KVCache(torch.tensor([0]), 4)
-    with pytest.raises(ValueError, match="4 slots; 0 are used and 5 more"), cache.step(5):
-        pass
+@pytest.mark.parametrize("num_new", [2, 9])
+def test_a_text_put_in_a_cache_attends_to_itself_alone(num_new: int) -> None:
+    attention, (query, key, value) = _attention(SDPAttention), _qkv()
+    newcomer = [t * 2 for t in _qkv(num_new + 3, 1, seed=1)]
+    cache, other = KVCache(torch.tensor([0, 2, 1])), KVCache(torch.tensor([0]))
+    for used, tensors in ((cache, [t[:5] for t in (query, key, value)]), (other, [t[:num_new] for t in newcomer])):
+        with used.attached(attention), used.step(len(tensors[0])):
+            attention(*tensors, None)
+    cache.release(torch.tensor([1]))
+    cache.put(torch.tensor([1]), other, torch.tensor([0]))
+    both = [t[5:8].clone() for t in (query, key, value)]
+    for mixed, one in zip(both, newcomer, strict=True):
+        mixed[:, 1:2] = one[num_new:]
+    outputs = []
+    for step in range(3):
+        with cache.attached(attention), cache.step(1):
+            outputs.append(attention(*(t[step : step + 1] for t in both), None))
+            assert cache.positions_SB().tolist() == [[5 + step, num_new + step, 4 + step]]
+    whole = torch.cat(outputs)
+    torch.testing.assert_close(whole[:, 1:2], attention(*newcomer, None)[num_new:])
+    for row, pad in ((0, 0), (2, 1)):
+        alone = attention(*(t[pad:8, row : row + 1] for t in (query, key, value)), None)
+        torch.testing.assert_close(whole[:, row : row + 1], alone[-3:])
+
+
+@pytest.mark.parametrize("way", ["reorder", "release"])
+def test_slots_of_a_text_that_is_gone_are_given_up_and_its_row_counts_anew(way: str) -> None:
+    attention, (query, key, value) = _attention(SDPAttention), _qkv(300, 2)
+    cache = KVCache(torch.tensor([0, 290]))
+    with cache.attached(attention), cache.step(295):
+        attention(*(t[:295] for t in (query, key, value)), None)
+    getattr(cache, way)(torch.tensor([1 if way == "reorder" else 0]))
+    rows = slice(1, 2) if way == "reorder" else slice(2)
+    for step in range(295, 300):
+        with cache.attached(attention), cache.step(1):
+            assert cache.positions_SB().tolist() == [[*[step - 295] * (way == "release"), step - 290]]
+            last = attention(*(t[step : step + 1, rows] for t in (query, key, value)), None)
+    alone = attention(*(t[290:, 1:] for t in (query, key, value)), None)
+    torch.testing.assert_close(last[:, -1:], alone[-1:])
+    for _ in range(100):
+        with cache.attached(attention), cache.step(1):
+            attention(*(t[:1, rows] for t in (query, key, value)), None)
+    assert cache.num_slots < 295
 
 
 def test_attention_dropout_drops_in_training_only() -> None:

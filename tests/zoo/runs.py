@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -233,11 +233,14 @@ def context_losses(rank: int, world_size: int, job: Job) -> list[torch.Tensor]:
 # ----------------------------------------------------------------------------------------------- generation and mutants
 
 
-def generation(rank: int, world_size: int, jobs: dict[str, list[list[int]]], roots: dict[str, str], new: int) -> dict:
-    """Greedy continuations of each model's prompts, with a cache."""
+def generation(
+    rank: int, world_size: int, jobs: dict[str, list[list[int]]], roots: dict[str, str], limits: Sequence[int]
+) -> dict:
+    """Greedy continuations of each model's prompts, with a cache of two rows."""
     from megatron_patch.generation.engine import generate
 
-    return {name: generate(load(roots[name], Layout()), prompts, max_new_tokens=new) for name, prompts in jobs.items()}
+    options = dict(max_new_tokens=limits, batch_size=2)
+    return {name: generate(load(roots[name], Layout()), prompts, **options) for name, prompts in jobs.items()}
 
 
 def _mutant(rule: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,13 @@ def template_choices() -> str:
     return f"{OWN_TEMPLATE} (its own), a file, or one of {', '.join(named_templates())}"
 
 
+def template_problems(name: str) -> list[str]:
+    """What is wrong with a --chat-template."""
+    if name in (OWN_TEMPLATE, *named_templates()) or Path(name).is_file():
+        return []
+    return [f"--chat-template {name!r}: no such file or name; give {template_choices()}"]
+
+
 @dataclass(frozen=True)
 class SftFormatArgs:
     """How records of conversations are read and made samples."""
@@ -59,10 +66,7 @@ class SftFormatArgs:
             for one in self.columns
             if not all(one.partition("="))
         ]
-        known = self.chat_template in (OWN_TEMPLATE, *named_templates())
-        if not known and not Path(self.chat_template).is_file():
-            problems.append(f"--chat-template {self.chat_template!r}: no such file or name; give {template_choices()}")
-        return problems
+        return problems + template_problems(self.chat_template)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,12 +126,16 @@ def renamed(value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
+def read_turns(record: Record, layout: str, columns: Mapping[str, str]) -> Conversation:
+    """The conversation of one record, whether or not there is anything to learn. Raises BadRecord if it is none."""
+    source = _Source(record, renamed(json_value(record), columns))
+    return Conversation((*_system(source), *_READERS[layout](source)), _tools(source))
+
+
 def read_conversation(record: Record, layout: str, columns: Mapping[str, str]) -> Conversation:
     """The conversation of one record. Raises BadRecord if it is none, or holds no answer to learn."""
-    source = _Source(record, renamed(json_value(record), columns))
-    messages = [*_system(source), *_READERS[layout](source)]
-    conversation = Conversation(tuple(messages), _tools(source))
-    if not any(message.learned for message in messages):
+    conversation = read_turns(record, layout, columns)
+    if not any(message.learned for message in conversation.messages):
         raise BadRecord(record, NOTHING_LEARNED, "no message of an assistant with text that is to be learned")
     return conversation
 

@@ -177,15 +177,25 @@ class ChatTemplate:
         self._marks = _Marks("", "")
         self._marks = self._probe()
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """The text of a conversation. Raises Unusable if the template refuses it, or loses an answer."""
-        written = self._run(conversation)
+    @property
+    def closing(self) -> str:
+        """The control token that ends an assistant's turn; empty if there is none."""
+        return self._marks.closing
+
+    def render(self, conversation: Conversation, *, prompting: bool = False) -> Rendered:
+        """The text of a conversation. Raises Unusable if the template refuses it, or loses an answer.
+
+        Args:
+            prompting: with what asks the assistant for its next turn (the template's generation prompt).
+        """
+        options = {"add_generation_prompt": prompting}
+        written = self._run(conversation, **options)
         strings = [*_strings(conversation)]
         for piece in self.recipe.reserved:
             if any(piece in text for text in strings):
                 raise Unusable("a special token in a text", f"the tokenizer takes {piece!r} for one wherever it stands")
         if any(map(self._special.search, strings)):
-            self._require_no_leak(conversation, written)
+            self._require_no_leak(conversation, written, options)
         return self._rendered(conversation, written)
 
     def _rendered(self, conversation: Conversation, written: _Written) -> Rendered:
@@ -246,9 +256,9 @@ class ChatTemplate:
             if written.text[start:end] in self._alone and not written.sources[start:end].any():
                 yield start, end
 
-    def _require_no_leak(self, conversation: Conversation, written: _Written) -> None:
+    def _require_no_leak(self, conversation: Conversation, written: _Written, options: Mapping[str, bool]) -> None:
         """What users spelled like special tokens must not be what the template seems to have written."""
-        neutral = self._run(_rewrite(conversation, lambda text: self._special.sub(_blank, text)))
+        neutral = self._run(_rewrite(conversation, lambda text: self._special.sub(_blank, text)), **options)
         if self._trusted(written) != self._trusted(neutral):
             raise Unusable(
                 "a special token in a text that the chat template rewrites",
