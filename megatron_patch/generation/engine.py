@@ -22,6 +22,14 @@ from megatron_patch.generation.sampling import uniform_draws
 Prompts = Sequence[Sequence[int]]
 
 
+class PromptError(ValueError):
+    """One of the prompts cannot be continued; raised before anything is computed."""
+
+    def __init__(self, index: int, problem: str) -> None:
+        super().__init__(f"prompt {index} {problem}")
+        self.index, self.problem = index, problem
+
+
 def never(index: int, ids: Sequence[int]) -> bool:
     """No row ends before its time."""
     return False
@@ -129,15 +137,12 @@ def _check_prompts(model: GPTModel, prompts: Prompts, limits: Sequence[int]) -> 
     positions = model.max_sequence_length if rotary is None else rotary.num_positions
     for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if not prompt:
-            raise ValueError(
-                f"prompt {index} is empty: give at least one token, such as the beginning-of-sequence token"
-            )
+            raise PromptError(index, "is empty: give at least one token, such as the beginning-of-sequence token")
         if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-            raise ValueError(
-                f"prompt {index} has ids {min(prompt)}..{max(prompt)}; the model's are 0..{model.vocab_size - 1}"
-            )
+            raise PromptError(index, f"has ids {min(prompt)}..{max(prompt)}; the model's are 0..{model.vocab_size - 1}")
         if len(prompt) + limit > positions:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={limit} that is more than the "
-                f"{positions} positions of the model; choose a shorter prompt or fewer new tokens"
+            raise PromptError(
+                index,
+                f"has {len(prompt)} tokens; with max_new_tokens={limit} that is more than the {positions} positions of "
+                "the model; choose a shorter prompt or fewer new tokens",
             )

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from megatron_patch.checkpoint.opening import open_weights
 from megatron_patch.generation.answers import Answers
 from megatron_patch.generation.arguments import GenerateArgs
 from megatron_patch.generation.chat import Chat
+from megatron_patch.generation.engine import PromptError
 from megatron_patch.generation.prompts import Prompt, Reader
 from megatron_patch.generation.text import Completion, generate_text
 from megatron_patch.progress import Progress
@@ -97,8 +99,9 @@ def _compute(job: _Job, answers: Answers, quiet: bool) -> None:
     """Answer what is not answered yet."""
     args, done = job.args, [set(answers.done)]
     dist.broadcast_object_list(done, src=0)
+    waiting = [prompt for prompt in job.prompts if prompt.index not in done[0]]
     (model,) = load_model(job.source, getattr(torch, args.dtype))
-    with _Report(len(job.prompts), len(done[0]), quiet) as report:
+    with _named(waiting), _Report(len(job.prompts), len(done[0]), quiet) as report:
 
         def finish(prompt: Prompt, completion: Completion) -> None:
             answers.add(prompt.index, completion.fields())
@@ -107,7 +110,7 @@ def _compute(job: _Job, answers: Answers, quiet: bool) -> None:
         generate_text(
             model,
             job.tokenizer,
-            [prompt for prompt in job.prompts if prompt.index not in done[0]],
+            waiting,
             args.params,
             max_new_tokens=args.max_new_tokens,
             eos_token_ids=job.ends,
@@ -119,6 +122,15 @@ def _compute(job: _Job, answers: Answers, quiet: bool) -> None:
             on_step=report.step,
             on_finish=finish,
         )
+
+
+@contextmanager
+def _named(prompts: Sequence[Prompt]) -> Iterator[None]:
+    """The engine knows a prompt by its number; its user, by where it stands."""
+    try:
+        yield
+    except PromptError as error:
+        raise ValueError(f"{prompts[error.index].place}: the prompt {error.problem}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- what is there

@@ -18,6 +18,7 @@ import torch
 from megatron_patch.generation.arguments import GenerateArgs
 from megatron_patch.generation.job import eos_token_ids
 from megatron_patch.launch import generate as command
+from megatron_patch.launch import main as front_door
 from tests.generation.runs import Request, theirs
 from tests.tiny import hf_llama
 from tests.tokenizer import make
@@ -144,6 +145,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert command.main([*argv, str(output)]) == 0
     assert "3 prompts (2 were there already)" in capsys.readouterr().err
     assert output.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_prompt_that_is_too_long_is_named_by_its_line(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("short\n\nlong\n" + "long " * 2000 + "\n")
+    flags = ("--prompts-file", f"{tmp_path}/p.txt", "--max-new-tokens", "4")
+    assert front_door.main(["generate", "--load", checkpoint, *flags]) == 2
+    assert "p.txt:4: the prompt has " in (told := capsys.readouterr().err) and "positions of the model; choose" in told
 
 
 def test_a_lines_own_limit_stop_and_seed_count(checkpoint: str, tmp_path: Path) -> None:
